@@ -1,0 +1,185 @@
+"""Greedy accuracy, maj@k and pass@k of any run on any task; tables and figures.
+
+python evaluate.py runs/warmup runs/rl --samples 8
+"""
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from model import Decoder, load, read_json, write_json
+from reward import Problem, extract_answer, load_problems
+from rollout import SharedConfig, check, encode_prompts, flag, grade, print_table, run_script, sample
+
+
+@dataclass
+class Flags(SharedConfig):
+    """Flags of evaluate.py."""
+
+    out: str = flag("runs", "folder of the figure, evaluation.png")
+    task: str | None = flag(None, "the task (default: the one that a run was trained on)")
+    samples: int = flag(0, "also sample so many completions a problem at temperature 1, for maj@k and pass@k")
+    seed: int = flag(0, "seed of those samples")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "samples", self.samples >= 0, "at least 0")
+        check(self, "seed", self.seed >= 0, "at least 0")
+
+
+@dataclass
+class Config(Flags):
+    """Flags and the positional arguments."""
+
+    runs: tuple[str, ...] = ()  # directories or hub ids
+
+
+def main(config: Config) -> list[dict]:
+    """Evaluate every run, write its evaluation.json, print one table, draw one figure."""
+    results = []
+    for run in config.runs:
+        run_config = read_json(Path(run) / "run.json") if (Path(run) / "run.json").exists() else {}
+        task, engine = config.task or run_config.get("task", "toy"), run_config.get("engine", config.engine)
+        one = replace(config, task=task, engine=engine)
+        problems = load_problems(task, "test", one.test_data, one.limit, engine)
+        model, tokenizer, eos_ids = load(run, one.device, one.dtype)
+        results.append(evaluate(model, tokenizer, eos_ids, problems, one, one.samples))
+        if Path(run).is_dir():
+            write_json(Path(run) / "evaluation.json", results[-1])
+    ks = powers_of_two(config.samples)
+    header = ["run", "task", "problems", "greedy accuracy", "95% interval", "length"]
+    rows = []
+    for run, result in zip(config.runs, results, strict=True):
+        low, high = result["greedy_interval"]
+        cells = [run, result["task"], result["problems"], f"{result['greedy_accuracy']:.3f}", f"{low:.3f}-{high:.3f}"]
+        cells += [f"{result['greedy_length']:.1f}"]
+        rows.append(cells + [f"{result[f'{kind}@{k}']:.3f}" for kind in ("maj", "pass") for k in ks])
+    print_table(header + [f"{kind}@{k}" for kind in ("maj", "pass") for k in ks], rows)
+    draw_results(config, results)
+    return results
+
+
+def evaluate(
+    model: Decoder, tokenizer, eos_ids: list[int], problems: list[Problem], config: SharedConfig, samples: int = 0
+) -> dict:
+    """What evaluation.json holds: greedy accuracy of the full model and, from `samples` completions, maj@k and pass@k."""
+    prompts = encode_prompts(problems, tokenizer)
+    shared = {
+        "max_new_tokens": config.max_new_tokens,
+        "eos_id": eos_ids,
+        "pad_id": eos_ids[0],
+        "max_rows": config.max_rows,
+    }
+    rollout = sample(model, prompts, temperature=0, **shared)
+    right = int((grade(rollout, problems, tokenizer, config.task)[1] == 1).sum())
+    result = {
+        "task": config.task,
+        "problems": len(problems),
+        "greedy_accuracy": right / len(problems),
+        "greedy_interval": wilson(right, len(problems)),
+        "greedy_length": (rollout.lengths - rollout.prompt_lens).double().mean().item(),
+    }
+    if samples:
+        rollout = sample(model, prompts, num_samples=samples, seed=config.seed, **shared)
+        texts, rewards = grade(rollout, problems, tokenizer, config.task)
+        groups = []  # per problem: the answer and whether it is right, of each sample
+        for i, problem in enumerate(problems):
+            rows = range(i * samples, (i + 1) * samples)
+            answers = [
+                extract_answer(texts[n], config.task, problem.options) if rollout.finished[n] else None for n in rows
+            ]
+            groups.append((answers, (rewards[rows.start : rows.stop] == 1).tolist()))
+        for k in powers_of_two(samples):
+            result[f"maj@{k}"] = sum(majority_is_right(a[:k], r[:k]) for a, r in groups) / len(groups)
+            result[f"pass@{k}"] = sum(pass_at_k(samples, sum(r), k) for _, r in groups) / len(groups)
+    return result
+
+
+def powers_of_two(samples: int) -> list[int]:
+    """1, 2, 4, ... up to `samples`, and `samples` itself."""
+    return sorted({2**i for i in range(samples.bit_length())} | {samples}) if samples else []
+
+
+def majority_is_right(answers: list[str | None], right: list[bool]) -> bool:
+    """maj@k: is the most frequent answer right? Completions without an answer do not vote; the first of equals wins."""
+    votes = Counter(answer for answer in answers if answer is not None)
+    return bool(votes) and right[answers.index(votes.most_common(1)[0][0])]
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """The chance that k of n samples hold a right one: 1 - C(n-c, k) / C(n, k), unbiased (arXiv 2107.03374, eq. 1)."""
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """95% interval of a share (Wilson 1927): it stays inside [0, 1] and is right near its ends."""
+    z, p = 1.96, successes / trials
+    centre = p + z * z / (2 * trials)
+    spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    return (centre - spread) / (1 + z * z / trials), (centre + spread) / (1 + z * z / trials)
+
+
+def report(result: dict, seconds: float) -> str:
+    """The line that a training stage ends with."""
+    low, high = result["greedy_interval"]
+    return (
+        f"greedy accuracy on {result['problems']} test problems: {result['greedy_accuracy']:.3f} "
+        f"(95% interval {low:.3f}-{high:.3f}); trained for {seconds:.0f} s"
+    )
+
+
+def read_metrics(run: str | Path) -> list[dict]:
+    """The records of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def new_figure(panels: int, width: float = 4.0):
+    """A row of panels that is drawn into a file; needs no screen."""
+    from matplotlib.figure import Figure  # half a second that a run without a figure does not pay
+
+    figure = Figure(figsize=(width * panels, 3.2), layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def draw_curves(run: Path, keys: tuple[str, ...]):
+    """curves.png of a training run: one panel a metric over the steps."""
+    records = read_metrics(run)
+    keys = tuple(key for key in keys if any(key in record for record in records))
+    figure, panels = new_figure(len(keys))
+    for panel, key in zip(panels, keys, strict=True):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        panel.plot(*zip(*points, strict=True), marker="." if len(points) < 100 else "")
+        panel.set(xlabel="step", title=key.replace("_", " "))
+        panel.grid(alpha=0.3)
+    figure.savefig(run / "curves.png", dpi=120)
+
+
+def draw_results(config: Config, results: list[dict]):
+    """evaluation.png: greedy accuracy with its interval beside maj@k and pass@k of every run."""
+    figure, (panel,) = new_figure(1, width=max(5.0, 1.6 * len(results) + 2))
+    kinds = ["greedy", *(f"{kind}@{config.samples}" for kind in ("maj", "pass") if config.samples)]
+    for j, kind in enumerate(kinds):
+        heights = [result["greedy_accuracy"] if kind == "greedy" else result[kind] for result in results]
+        centres = [i + 0.8 / len(kinds) * (j - (len(kinds) - 1) / 2) for i in range(len(results))]
+        panel.bar(centres, heights, 0.75 / len(kinds), label=kind)
+        if kind == "greedy":
+            bounds = [result["greedy_interval"] for result in results]
+            errors = [[h - low for h, (low, _) in zip(heights, bounds, strict=True)]]
+            errors += [[high - h for h, (_, high) in zip(heights, bounds, strict=True)]]
+            panel.errorbar(centres, heights, errors, fmt="none", ecolor="black", capsize=3)
+    panel.set_xticks(range(len(results)), config.runs)
+    panel.set(ylim=(0, 1.02), ylabel="accuracy", title=", ".join(sorted({result["task"] for result in results})))
+    panel.legend(loc="upper left")
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    figure.savefig(Path(config.out) / "evaluation.png", dpi=120)
+    print(f"figure: {Path(config.out) / 'evaluation.png'}")
+
+
+if __name__ == "__main__":
+    parser = HfArgumentParser(Flags, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", help="directories or hub ids of checkpoints")
+    run_script(main, Config, parser)

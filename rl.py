@@ -1,0 +1,367 @@
+"""Stage 2b: PPO with GAE, a KL penalty and importance-ratio correction, eqs. (2)-(11).
+
+    python rl.py --skip-ratio 0.25      Nested-ReFT: completions are sampled with a quarter of the layers skipped
+    python rl.py                        plain ReFT: the full model samples, on-policy
+
+One batch takes seven steps, numbered in `main`: 1 draw problems and a skip mask, 2 sample completions from mu, 3 reward
+them, 4 take log-probabilities and values of the full model, 5 penalised rewards, advantages and returns, 6 PPO, 7 records.
+
+Departures from ReFT, the paper (its code in brackets):
+- KL penalty: the estimate log pi_old - log pi_ref at the sampled token (as the code); the paper writes the full KL.
+- Losses: the token mean over the batch (the code: the mean of sequence means).
+- A completion cut at --max-new-tokens has no answer: reward 0 (the code pays it), and no bootstrapped value.
+- gamma and lam in the usual sense of Schulman et al. The paper calls the reward discount lambda = 1 and the TD discount
+  gamma = 0.95; the code has gamma = 1, lam = 0.95, and so have we.
+Departures from Nested-ReFT: its code is not public and the names of the corrections are ours; see `correction_terms`.
+"""
+
+import copy
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from evaluate import draw_curves, evaluate, report
+from model import Decoder, load, sample_skip, write_json
+from reward import DataError, load_problems
+from rollout import check, encode_prompts, flag, grade, run_script, sample, token_logp
+from warmup import (
+    TrainConfig,
+    append_record,
+    batch_indices,
+    make_optimizer,
+    micro_batches,
+    optimizer_step,
+    save_checkpoint,
+    start_run,
+)
+
+CORRECTIONS = ("none", "ratio", "truncated")
+TOY = {"steps": 20, "rollout_batch": 128, "minibatch": 64, "lr": 1e-4, "kl_coef": 0.01, "value_coef": 0.1}
+PRETRAINED = {
+    "steps": 1000,
+    "rollout_batch": 32,
+    "minibatch": 32,
+    "lr": 3e-7,
+    "kl_coef": 0.05,
+    "value_coef": 5.0,
+}  # ReFT
+LR_RAMP = 10  # optimizer steps until the learning rate is constant
+
+
+@dataclass
+class Config(TrainConfig):
+    """Flags of rl.py; what is None is filled in from TOY or PRETRAINED."""
+
+    model: str = flag("runs/warmup", "directory or hub id of the warm-up model, also the reference of the KL penalty")
+    out: str = flag("runs/rl", "directory of the run")
+    steps: int | None = flag(None, "rollout batches (toy: 20, else 1000)")
+    skip_ratio: float = flag(0.0, "share of the layers that the behavior model skips; 0 is plain ReFT")
+    correction: str = flag("truncated", f"importance-ratio correction: {', '.join(CORRECTIONS)}")
+    cap: float = flag(2.0, "upper bound C of the truncated weights pi_old / mu")
+    rollout_batch: int | None = flag(None, "completions of one batch (toy: 128, else 32)")
+    samples: int = flag(1, "completions a prompt; divides --rollout-batch")
+    ppo_epochs: int = flag(2, "passes over each batch")
+    minibatch: int | None = flag(None, "completions of one optimizer step (toy: 64, else 32)")
+    lr: float | None = flag(None, "learning rate, constant after its first steps (toy: 1e-4, else 3e-7)")
+    kl_coef: float | None = flag(None, "beta of eq. (4) (toy and programs: 0.01, else 0.05)")
+    gamma: float = flag(1.0, "discount of eqs. (5) and (6)")
+    lam: float = flag(0.95, "GAE decay of eq. (6)")
+    clip: float = flag(0.2, "epsilon of eqs. (9) and (10)")
+    value_coef: float | None = flag(None, "alpha of eq. (11) (toy: 0.1, else 5)")
+
+    def __post_init__(self):
+        defaults = TOY if self.task == "toy" else PRETRAINED | ({"kl_coef": 0.01} if self.engine == "python" else {})
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        super().__post_init__()
+        check(self, "correction", self.correction in CORRECTIONS, f"one of {', '.join(CORRECTIONS)}")
+        for name in ("steps", "samples", "ppo_epochs", "minibatch", "rollout_batch"):
+            check(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("lr", "kl_coef", "value_coef"):
+            check(self, name, getattr(self, name) >= 0, "at least 0")
+        for name in ("gamma", "lam"):
+            check(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        check(self, "cap", self.cap > 0, "above 0")
+        check(self, "clip", self.clip > 0, "above 0")
+        check(self, "skip_ratio", 0 <= self.skip_ratio < 1, "at least 0 and below 1")
+        check(
+            self,
+            "samples",
+            self.rollout_batch % self.samples == 0,
+            f"a divisor of --rollout-batch {self.rollout_batch}",
+        )
+        check(self, "out", Path(self.out).resolve() != Path(self.model).resolve(), "another folder than --model")
+
+
+def main(config: Config) -> dict:
+    """Train, evaluate on the test problems, save; returns what evaluation.json holds."""
+    if config.model == "runs/warmup" and not Path(config.model).exists():
+        raise DataError(
+            f"{config.model} does not exist: run `python warmup.py` first, or name a checkpoint with --model"
+        )
+    problems = load_problems(config.task, "train", config.data, config.limit, config.engine)
+    test_problems = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
+    model, tokenizer, eos_ids = load(config.model, config.device, config.dtype)
+    reference = copy.deepcopy(model).requires_grad_(False)  # pi_theta^(0)
+    optimizer = make_optimizer(model, weight_decay=0.0)
+    sample_skip(len(model.layers), config.skip_ratio)  # refuses an impossible ratio before anything is written
+    out = start_run(config)
+    (out / "samples.txt").write_text("")
+
+    seconds, updates = 0.0, 0
+    bar = tqdm(range(1, config.steps + 1), desc="rl", unit="batch")
+    for step in bar:
+        # 1. problems, and a new skip mask for every batch
+        started = time.perf_counter()
+        rng = np.random.default_rng((config.seed, step))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        chosen = batch_indices(config.seed, step, config.rollout_batch // config.samples, len(problems))
+        batch = [problems[i] for i in chosen]
+        skip = sample_skip(len(model.layers), config.skip_ratio, generator)
+
+        # 2. completions from the nested behavior model mu
+        rollout = sample(
+            model,
+            encode_prompts(batch, tokenizer),
+            max_new_tokens=config.max_new_tokens,
+            eos_id=eos_ids,
+            pad_id=eos_ids[0],
+            num_samples=config.samples,
+            skip=skip,  # eq. (2)
+            seed=int(rng.integers(2**62)),
+            max_rows=config.max_rows,
+        )
+        tokens, lengths, mask, logp_behav = rollout.tokens, rollout.lengths, rollout.action_mask, rollout.logp_behav
+        if not logp_behav.isfinite().all():
+            raise FloatingPointError("logp_behav is not finite: the importance ratios would be meaningless")
+        rollout_seconds = time.perf_counter() - started
+
+        # 3. rewards, at the last token of each completion
+        texts, final_reward = grade(rollout, batch, tokenizer, config.task)  # (N,), eq. (3)
+        rewards = torch.zeros_like(logp_behav)  # (N, T-1)
+        rewards[torch.arange(len(tokens)), lengths - 2] = final_reward.to(rewards.dtype)
+
+        # 4. the full model: log pi_old, V_old and log pi_ref of every sampled token
+        update_started = time.perf_counter()
+        with torch.no_grad():
+            logp_old, values_old, entropy = score_actions(model, tokens, lengths, mask, config.micro_batch)
+            logp_ref, _, _ = score_actions(reference, tokens, lengths, mask, config.micro_batch)
+
+        # 5. penalised rewards, advantages, returns
+        kl_ref = logp_old - logp_ref  # (N, T-1)
+        rewards = rewards - config.kl_coef * kl_ref  # eq. (4)
+        _, trace = correction_terms(config.correction, logp_old, logp_behav, config.cap)
+        advantages, returns = gae(rewards, values_old, mask, config.gamma, config.lam, trace)  # eqs. (5)-(7)
+        advantages = whiten(advantages, mask)  # after the returns, which keep their scale
+
+        # 6. PPO: several passes over the batch
+        totals = torch.zeros(4, dtype=torch.float64)  # policy loss, value loss, clipped tokens, tokens
+        grad_norms = []
+        for _ in range(config.ppo_epochs):
+            order = torch.randperm(len(tokens), generator=generator).to(tokens.device)
+            for rows in order.split(config.minibatch):
+                denominator = mask[rows].sum()  # of the whole optimizer step: micro-batches do not change the gradient
+                for part, T in micro_batches(lengths[rows], config.micro_batch):
+                    b = rows[part]
+                    mb_tokens, mb_mask = tokens[b, :T], mask[b, : T - 1]
+                    mb_old, mb_behav, mb_values_old, mb_advantages, mb_returns = (
+                        x[b, : T - 1] for x in (logp_old, logp_behav, values_old, advantages, returns)
+                    )
+                    logp_new, values, _ = action_stats(model, mb_tokens, mb_mask)
+                    pg_loss = policy_loss(
+                        logp_new, mb_old, mb_behav, mb_advantages, mb_mask,
+                        config.clip, config.correction, config.cap, denominator,
+                    )  # fmt: skip
+                    v_loss = value_loss(values, mb_values_old, mb_returns, mb_mask, config.clip, denominator)
+                    loss = pg_loss + config.value_coef * v_loss  # eq. (11)
+                    loss.backward()
+                    ratio = importance_ratio(logp_new.detach(), mb_old, mb_behav, config.correction)
+                    clipped = is_clipped(ratio, mb_advantages, config.clip) & mb_mask
+                    totals += torch.tensor(
+                        [pg_loss.item() * denominator, v_loss.item() * denominator, clipped.sum(), mb_mask.sum()]
+                    )
+                updates += 1
+                grad_norms.append(optimizer_step(model, optimizer, config.lr * min(1, updates / LR_RAMP)))
+
+        # 7. records: every number is a masked mean over the whole batch
+        log_rho = logp_old - logp_behav  # (N, T-1)
+        policy_total, value_total, clipped_total, token_total = totals.tolist()
+        now = time.perf_counter()
+        seconds += now - started
+        record = {
+            "step": step,
+            "seconds": seconds,
+            "reward": final_reward.mean().item(),
+            "accuracy": (final_reward == 1).double().mean().item(),
+            "length": (lengths - rollout.prompt_lens).double().mean().item(),
+            "finished": rollout.finished.double().mean().item(),
+            "kl_ref": masked_mean(kl_ref, mask).item(),
+            "kl_behav": -masked_mean(log_rho, mask).item(),
+            "log_ratio_min": log_rho[mask].min().item(),
+            "log_ratio_mean": masked_mean(log_rho, mask).item(),
+            "log_ratio_max": log_rho[mask].max().item(),
+            "clip_fraction": clipped_total / token_total,
+            "explained_variance": explained_variance(values_old, returns, mask),
+            "entropy": masked_mean(entropy, mask).item(),
+            "policy_loss": policy_total / token_total,
+            "value_loss": value_total / token_total,
+            "grad_norm": sum(grad_norms) / len(grad_norms),
+            "skipped_layers": skip.nonzero().flatten().tolist(),
+            "rollout_tokens_per_second": int(mask.sum()) / rollout_seconds,
+            "rollout_seconds": rollout_seconds,
+            "update_seconds": now - update_started,
+        }
+        if config.eval_every and step % config.eval_every == 0:
+            record["greedy_accuracy"] = evaluate(model, tokenizer, eos_ids, test_problems, config)["greedy_accuracy"]
+        append_record(out, record)
+        bar.set_postfix(
+            reward=f"{record['reward']:.3f}",
+            accuracy=f"{record['accuracy']:.3f}",
+            loss=f"{record['policy_loss'] + config.value_coef * record['value_loss']:.3f}",
+            tok_s=f"{record['rollout_tokens_per_second']:.0f}",
+        )
+        if step % 5 == 1:
+            with (out / "samples.txt").open("a") as file:
+                for n in (0, len(texts) - 1):
+                    problem = batch[n // config.samples]
+                    file.write(f"--- step {step}, reward {final_reward[n]:g}, gold {problem.answer}\n")
+                    file.write(f"{problem.question}\n>>> {texts[n]}\n")
+        if config.save_every and step % config.save_every == 0 and step < config.steps:
+            save_checkpoint(out, model, tokenizer)
+
+    save_checkpoint(out, model, tokenizer)
+    result = evaluate(model, tokenizer, eos_ids, test_problems, config)
+    write_json(out / "evaluation.json", result)
+    draw_curves(out, ("reward", "accuracy", "length", "kl_ref", "kl_behav", "entropy", "greedy_accuracy"))
+    print(report(result, seconds))
+    print(f"checkpoint: {out}    curves: {out / 'curves.png'}    next: python evaluate.py {config.model} {out}")
+    return result
+
+
+# ---- the equations --------------------------------------------------------------------------------------------------
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, trace: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, eqs. (5)-(7); all (N, T-1), column t belongs to the action at token t+1.
+
+    trace: c_t of the correction, 1 when None. What follows the last action counts as 0, also for cut completions.
+    """
+    trace = torch.ones_like(rewards) if trace is None else trace
+    values = values * mask  # V after the last action is 0: the mask is False there
+    advantages = torch.zeros_like(rewards)
+    next_value = next_trace = next_advantage = torch.zeros_like(rewards[:, 0])  # (N,)
+    for t in reversed(range(rewards.shape[1])):
+        delta = -values[:, t] + rewards[:, t] + gamma * next_value  # eq. (5), (N,)
+        advantage = delta + gamma * lam * next_trace * next_advantage  # eq. (6), (N,); the trace of the NEXT action
+        advantages[:, t] = advantage * mask[:, t]
+        next_value, next_trace, next_advantage = values[:, t], trace[:, t], advantages[:, t]
+    returns = trace * advantages + values  # eq. (7), (N, T-1)
+    return advantages, returns
+
+
+def correction_terms(correction: str, logp_old: Tensor, logp_behav: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """Weight w_t of eq. (9) and trace c_t of eqs. (6) and (7), (N, T-1) each; constants in the gradient.
+
+    rho_t = pi_old(a_t|s_t) / mu(a_t|s_t). The names are ours: the abstract of Nested-ReFT speaks of three variants of bias
+    mitigation, and no code is public.
+    """
+    rho = (logp_old - logp_behav).exp().detach()  # (N, T-1); 1 where no token was sampled
+    one = torch.ones_like(rho)
+    if correction in ("none", "ratio"):
+        return one, one
+    return rho.clamp(max=cap), one  # truncated
+
+
+def importance_ratio(logp_new: Tensor, logp_old: Tensor, logp_behav: Tensor, correction: str) -> Tensor:
+    """r_t of eq. (8), (N, T-1); with correction "ratio" pi_theta / mu takes its place."""
+    return (logp_new - (logp_behav if correction == "ratio" else logp_old)).exp()  # eq. (8)
+
+
+def policy_loss(
+    logp_new: Tensor,
+    logp_old: Tensor,
+    logp_behav: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float,
+    correction: str,
+    cap: float,
+    denominator: Tensor | float,
+) -> Tensor:
+    """Clipped surrogate of eq. (9), a scalar. Tensors (N, T-1); denominator: the tokens of the whole optimizer step."""
+    weight, _ = correction_terms(correction, logp_old, logp_behav, cap)  # (N, T-1)
+    ratio = importance_ratio(logp_new, logp_old, logp_behav, correction)  # (N, T-1)
+    surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)  # (N, T-1)
+    return -(weight * surrogate * mask).sum() / denominator  # eq. (9)
+
+
+def value_loss(
+    values: Tensor, values_old: Tensor, returns: Tensor, mask: Tensor, clip: float, denominator: Tensor | float
+) -> Tensor:
+    """Clipped squared error of V_phi, eq. (10), a scalar. Tensors (N, T-1)."""
+    clipped = torch.clamp(values, values_old - clip, values_old + clip)  # (N, T-1)
+    squared = torch.max((values - returns) ** 2, (clipped - returns) ** 2)  # (N, T-1)
+    return 0.5 * (squared * mask).sum() / denominator  # eq. (10)
+
+
+# ---- helpers --------------------------------------------------------------------------------------------------------
+
+
+def action_stats(model: Decoder, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log pi(a_t|s_t), V_phi(s_t) and the entropy of pi(.|s_t) under the full model, (N, T-1) each, 0 outside the mask.
+
+    tokens: (N, T); mask: (N, T-1). Logits are made for actions only: none for prompts, none for padding.
+    """
+    hidden = model(tokens)[:, :-1][mask]  # (actions, d)
+    logits = model.logits(hidden)  # (actions, vocab)
+    logp = token_logp(logits, tokens[:, 1:][mask])  # (actions,)
+    with torch.no_grad():
+        log_pi = logits.log_softmax(-1)
+        entropy = -(log_pi.exp() * log_pi).sum(-1)  # (actions,)
+    return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (logp, model.values(hidden), entropy))
+
+
+def score_actions(model: Decoder, tokens: Tensor, lengths: Tensor, mask: Tensor, micro_batch: int) -> list[Tensor]:
+    """`action_stats` of a whole batch, rows of like length together."""
+    outs = []
+    for rows, T in micro_batches(lengths, micro_batch):
+        for i, x in enumerate(action_stats(model, tokens[rows, :T], mask[rows, : T - 1])):
+            if len(outs) <= i:
+                outs.append(x.new_zeros(mask.shape))
+            outs[i][rows, : T - 1] = x
+    return outs
+
+
+def is_clipped(ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """Where the minimum of eq. (9) takes the clipped branch: no gradient comes from there."""
+    return torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the sampled tokens; padding and prompts do not count."""
+    return (x * mask).sum() / mask.sum()
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over the sampled tokens of the whole batch, 0 elsewhere."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(R - V) / Var(R): 1 is a perfect critic, 0 one that knows nothing but the mean."""
+    residual, target = (returns - values)[mask], returns[mask]
+    return (1 - residual.var() / target.var().clamp(min=1e-12)).item()
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

@@ -1,0 +1,342 @@
+"""Stage 2a: sample completions from the nested behavior model mu, eq. (2).
+
+mu is the policy with the layers of `skip` left out, in prefill and in decode alike, so that log mu of a finished completion
+equals one masked forward pass over it. One row of a Rollout, a prompt of 3 tokens and a completion of 2 tokens and EOS:
+
+    column               0    1    2    3    4    5    6    7
+    tokens      (N, T)   x0   x1   x2   a0   a1  EOS  pad  pad      prompt_lens = 3, lengths = 6
+    action_mask (N, T-1)  .    .    T    T    T    .    .           True at column t: token t+1 was sampled, EOS too
+    logp_behav  (N, T-1)  0    0   mu(a0) mu(a1) mu(EOS)  0    0    log mu(a_t | s_t), recorded while sampling
+
+Run as a script it measures what skipping layers buys and what it costs:
+
+    python rollout.py --model runs/warmup --skip-ratios 0 0.125 0.25 0.5
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from model import Decoder, load, sample_skip, write_json
+from reward import TASKS, DataError, Problem, load_problems, make_prompt, score
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions of one batch; rows are ordered prompt by prompt. See the picture at the top of this file."""
+
+    tokens: Tensor  # (N, T) int64: prompt, completion, padding
+    prompt_lens: Tensor  # (N,) int64
+    lengths: Tensor  # (N,) int64: prompt and completion, EOS included
+    action_mask: Tensor  # (N, T-1) bool
+    logp_behav: Tensor  # (N, T-1), 0 where no token was sampled
+    finished: Tensor  # (N,) bool: ended by EOS, not cut at max_new_tokens
+    skip: Tensor | None  # (num_layers,) bool: the mask of mu
+
+    def completions(self, tokenizer) -> list[str]:
+        """The N sampled texts, without special tokens."""
+        spans = zip(self.tokens.tolist(), self.prompt_lens.tolist(), self.lengths.tolist(), strict=True)
+        return tokenizer.batch_decode([row[start:end] for row, start, end in spans], skip_special_tokens=True)
+
+
+def token_logp(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log pi(a | s) = logit[a] - logsumexp(logits). logits: (..., vocab), at least fp32; tokens: (...)."""
+    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One token a row and its log-probability from the full softmax: no top-k, no top-p, or mu would lose support.
+
+    logits: (R, vocab); uniform: (R,) float64 in [0, 1), inverted through the cumulative distribution.
+    Temperature 0 is greedy, with the log-probability at temperature 1.
+    """
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, token_logp(logits, tokens)
+    logits = logits / temperature
+    cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (R, vocab); in fp32 rounding would move the borders
+    tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).squeeze(-1)  # (R,)
+    return tokens, token_logp(logits, tokens)
+
+
+def prompt_seeds(seed: int, count: int) -> list[int]:
+    """One seed a prompt, so that a prompt keeps its noise when the batch is split among calls or processes."""
+    return np.random.SeedSequence(seed).generate_state(count, np.uint64).tolist()
+
+
+@torch.no_grad()
+def sample(
+    model: Decoder,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    eos_id: int | list[int],
+    pad_id: int,
+    num_samples: int = 1,
+    temperature: float = 1.0,
+    skip: Tensor | None = None,
+    seed: int | list[int] = 0,
+    max_rows: int | None = None,
+) -> Rollout:
+    """Complete every prompt `num_samples` times with the layers of `skip` left out: a_t ~ mu(. | s_t), eq. (2).
+
+    prompts: lists of token ids. eos_id: one id, several, or [] for none. temperature 0 is greedy. seed: one int, or one a
+    prompt. max_rows: at most so many rows at a time (memory). The noise is one uniform number per (seed, prompt, sample,
+    position), so the completions depend neither on max_rows nor on a row's neighbours.
+    """
+    device, longest = model.embed.weight.device, max(map(len, prompts), default=0)
+    if not longest or not all(prompts):
+        raise ValueError("sample() needs at least one prompt, and no empty one")
+    if longest + max_new_tokens > model.config.max_positions:
+        raise DataError(
+            f"a prompt of {longest} tokens and --max-new-tokens {max_new_tokens} "
+            f"exceed the model's context of {model.config.max_positions}"
+        )
+    seeds = prompt_seeds(seed, len(prompts)) if isinstance(seed, int) else seed
+    eos = torch.tensor([eos_id] if isinstance(eos_id, int) else eos_id, dtype=torch.int64, device=device)
+
+    N, T = len(prompts) * num_samples, longest + max_new_tokens
+    tokens = torch.full((N, T), pad_id)
+    for i, prompt in enumerate(prompts):
+        tokens[i * num_samples : (i + 1) * num_samples, : len(prompt)] = torch.tensor(prompt)
+    tokens = tokens.to(device)
+    logp_behav = torch.zeros(
+        N, T - 1, dtype=torch.promote_types(model.embed.weight.dtype, torch.float32), device=device
+    )
+    prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(num_samples)
+    lengths = prompt_lens + max_new_tokens  # until EOS says otherwise
+    finished = torch.zeros(N, dtype=torch.bool, device=device)
+
+    by_length = prompt_lens.argsort(stable=True)  # a pass over rows of like length has little padding
+    for alive in by_length.split(max_rows or N):  # (R,): the rows of this pass that still run
+        noise = [np.random.default_rng((seeds[r // num_samples], r % num_samples)) for r in alive.tolist()]
+        noise = torch.from_numpy(np.stack([rng.random(max_new_tokens) for rng in noise])).to(
+            device
+        )  # (R, max_new_tokens)
+        column = prompt_lens[alive]  # (R,): where the next token goes
+        width = int(column.max())
+        hidden, cache = prefill(model, tokens[:, :width], alive, column, num_samples, max_new_tokens, skip)
+        for t in range(max_new_tokens):
+            action, logp = draw(model.logits(hidden), noise[:, t], temperature)  # (R,)
+            tokens[alive, column] = action
+            logp_behav[alive, column - 1] = logp
+            ended = torch.isin(action, eos) & ~finished[alive]
+            lengths[alive[ended]] = column[ended] + 1
+            finished[alive[ended]] = True
+            running = ~finished[alive]
+            R = int(running.sum())
+            if R == 0 or t == max_new_tokens - 1:
+                break
+            if R <= 0.75 * len(alive):  # finished rows leave the batch; sooner, copying the cache would cost more
+                alive, column, action, noise = alive[running], column[running], action[running], noise[running]
+                cache[:, :, :R, :, : width + t] = cache[:, :, running, :, : width + t]
+                cache = cache[:, :, :R]
+            hidden = model(action[:, None], skip, cache[..., : width + t + 1, :], column[:, None])[:, 0]  # (R, d)
+            column = column + 1
+
+    T = int(lengths.max())
+    column = torch.arange(T, device=device)
+    action_mask = (column >= prompt_lens[:, None]) & (column < lengths[:, None])  # by length, never by id
+    tokens = tokens[:, :T].masked_fill(column >= lengths[:, None], pad_id)
+    action_mask = action_mask[:, 1:]  # column t speaks of the token at t + 1
+    logp_behav = logp_behav[:, : T - 1].masked_fill(~action_mask, 0)
+    return Rollout(tokens, prompt_lens, lengths, action_mask, logp_behav, finished, skip)
+
+
+def prefill(
+    model: Decoder, tokens: Tensor, alive: Tensor, starts: Tensor, num_samples: int, room: int, skip: Tensor | None
+):
+    """Run each prompt once and give every row of it a copy of the cache.
+
+    tokens: (N, width); alive, starts: (R,) rows and their prompt lengths -> hidden (R, d) at the last prompt token, and a
+    cache of R rows with `room` empty columns.
+    """
+    width = tokens.shape[1]
+    prompt, copy = torch.unique(alive // num_samples, return_inverse=True)  # (U,), (R,)
+    columns = torch.arange(width, device=tokens.device).expand(len(prompt), width)
+    prompt_cache = model.new_cache(len(prompt), width, skip)
+    hidden = model(tokens[prompt * num_samples], skip, prompt_cache, columns)  # (U, width, d)
+    cache = model.new_cache(len(alive), width + room, skip)
+    cache[..., :width, :] = prompt_cache[:, :, copy]
+    return hidden[copy, starts - 1], cache
+
+
+def encode_prompts(problems: list[Problem], tokenizer) -> list[list[int]]:
+    """Token ids of every prompt, with the special tokens (BOS) that the tokenizer puts in front."""
+    return tokenizer([make_prompt(problem) for problem in problems]).input_ids
+
+
+def grade(rollout: Rollout, problems: list[Problem], tokenizer, task: str) -> tuple[list[str], Tensor]:
+    """The N texts and their rewards (N,), eq. (3). A completion that was cut has no answer: reward 0."""
+    texts = rollout.completions(tokenizer)
+    num_samples = len(texts) // len(problems)
+    rewards = [
+        score(text, problems[n // num_samples].answer, task, problems[n // num_samples].options) if finished else 0.0
+        for n, (text, finished) in enumerate(zip(texts, rollout.finished.tolist(), strict=True))
+    ]
+    return texts, torch.tensor(rewards, device=rollout.tokens.device)
+
+
+def print_table(header: list, rows: list[list]):
+    """Columns aligned on the right, the first one on the left."""
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *rest in lines:
+        print("  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]))
+
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+
+
+def flag(default, text: str):
+    """A field of a Config: its default and its line in --help."""
+    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**factory, metadata={"help": text})
+
+
+@dataclass
+class SharedConfig:
+    """Flags that mean the same in every script."""
+
+    task: str = flag("toy", f"one of {', '.join(TASKS)}")
+    test_data: str | None = flag(None, "test problems: a JSON file or hub id (default: the task's usual data set)")
+    limit: int | None = flag(None, "use only the first so many problems of each split")
+    engine: str = flag("nl", "chains of thought: nl (natural language) or python (programs)")
+    max_new_tokens: int | None = flag(None, "longest completion in tokens (default: 64 for toy, else 400)")
+    max_rows: int = flag(512, "completions sampled at a time; lower it to save memory, the samples stay")
+    device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
+    dtype: str | None = flag(None, "float32, float64 or bfloat16 (default: bfloat16 on cuda, else float32)")
+
+    def __post_init__(self):
+        check(self, "task", self.task is None or self.task in TASKS, f"one of {', '.join(TASKS)}")
+        check(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
+        check(self, "engine", self.engine in ("nl", "python"), "nl or python")
+        check(self, "dtype", self.dtype in (None, "float32", "float64", "bfloat16"), "float32, float64 or bfloat16")
+        if (
+            self.max_new_tokens is None and self.task is not None
+        ):  # ReFT: 700 tokens of which at most 300 are the prompt
+            self.max_new_tokens = 64 if self.task == "toy" else 400
+        check(self, "max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "at least 1")
+        check(self, "max_rows", self.max_rows >= 1, "at least 1")
+
+
+def check(config, name: str, holds: bool, rule: str):
+    """A value out of range ends the program before anything is read or written."""
+    if not holds:
+        raise DataError(f"--{name.replace('_', '-')} is {getattr(config, name)}, it must be {rule}")
+
+
+def run_script(main, config_class, parser: HfArgumentParser | None = None):
+    """Run a stage with the flags of its dataclass. A typo or bad input ends it with one line and exit code 2."""
+    parser = parser or HfArgumentParser(config_class, allow_abbrev=False)
+    try:
+        main(config_class(**vars(parser.parse_args())))
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---- what skipping buys and costs -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Config(SharedConfig):
+    """Flags of rollout.py."""
+
+    model: str = flag("runs/warmup", "directory or hub id")
+    out: str = flag("runs/rollout", "folder of rollout.json and rollout.png")
+    skip_ratios: list[float] = flag([0.0, 0.125, 0.25, 0.5], "shares of all layers to skip")
+    limit: int | None = flag(128, "problems of one round")
+    rounds: int = flag(6, "timed rounds a ratio, each with a mask of its own")
+    seed: int = flag(0, "seed of masks and sampling")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "skip_ratios", all(0 <= ratio < 1 for ratio in self.skip_ratios), "between 0 and 1")
+        check(self, "rounds", self.rounds >= 1, "at least 1")
+
+
+def main(config: Config) -> list[dict]:
+    """Per skip ratio: tokens/s, speed-up, KL(mu||pi) per token and the accuracy of mu. The ratios take turns."""
+    model, tokenizer, eos_ids = load(config.model, config.device, config.dtype)
+    problems = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
+    prompts, layers = encode_prompts(problems, tokenizer), len(model.layers)
+    sums = {ratio: torch.zeros(4, dtype=torch.float64) for ratio in config.skip_ratios}  # seconds, tokens, KL, right
+    for round_ in tqdm(range(config.rounds + 1), desc="rounds", unit="round"):
+        for ratio in config.skip_ratios:
+            skip = sample_skip(layers, ratio, torch.Generator().manual_seed(config.seed + round_))
+            started = time.perf_counter()
+            rollout = sample(
+                model,
+                prompts,
+                max_new_tokens=config.max_new_tokens,
+                eos_id=eos_ids,
+                pad_id=eos_ids[0],
+                skip=skip,
+                seed=config.seed + round_,
+                max_rows=config.max_rows,
+            )
+            seconds = time.perf_counter() - started
+            _, rewards = grade(rollout, problems, tokenizer, config.task)
+            kl = kl_behav(model, rollout, config.max_rows)
+            if round_ > 0:  # the first round warms up
+                count = int(rollout.action_mask.sum())
+                sums[ratio] += torch.tensor([seconds, count, kl * count, (rewards == 1).sum()], dtype=torch.float64)
+    results = []
+    for ratio, (seconds, tokens, kl, right) in ((ratio, total.tolist()) for ratio, total in sums.items()):
+        skipped = round(ratio * layers)
+        results.append({"skip_ratio": ratio, "layers_skipped": skipped, "tokens_per_second": tokens / seconds})
+        results[-1]["speed_up"] = results[-1]["tokens_per_second"] / results[0]["tokens_per_second"]
+        results[-1]["ideal_speed_up"] = layers / (layers - skipped)
+        results[-1]["kl_behav"] = kl / tokens
+        results[-1]["accuracy"] = right / (config.rounds * len(problems))
+    header = ["skip ratio", "layers skipped", "tokens/s", "speed-up", "ideal", "KL(mu||pi)/token", "accuracy of mu"]
+    formats = ("{:g}", "{}", "{:.0f}", "{:.2f}", "{:.2f}", "{:.4f}", "{:.3f}")
+    print_table(header, [[f.format(v) for f, v in zip(formats, r.values(), strict=True)] for r in results])
+    draw_ratios(Path(config.out), results)
+    return results
+
+
+@torch.no_grad()
+def kl_behav(model: Decoder, rollout: Rollout, max_rows: int) -> float:
+    """KL(mu || pi) per token at the states that mu visited, exact over the vocabulary."""
+    total = 0.0
+    for rows in torch.arange(len(rollout.tokens), device=rollout.tokens.device).split(max_rows):
+        tokens, mask = rollout.tokens[rows], rollout.action_mask[rows]
+        log_mu, log_pi = (
+            model.logits(model(tokens, skip)[:, :-1][mask]).log_softmax(-1) for skip in (rollout.skip, None)
+        )  # (actions, vocab)
+        total += (log_mu.exp() * (log_mu - log_pi)).sum().item()
+    return total / int(rollout.action_mask.sum())
+
+
+def draw_ratios(out: Path, results: list[dict]):
+    """rollout.json and rollout.png: the speed-up beside its ideal, and what the nested models lose."""
+    from matplotlib.figure import Figure
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "rollout.json", results)
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    ratios = [result["skip_ratio"] for result in results]
+    for panel, keys in zip(
+        figure.subplots(1, 3), (("speed_up", "ideal_speed_up"), ("kl_behav",), ("accuracy",)), strict=True
+    ):
+        for key in keys:
+            style = "--" if key.startswith("ideal") else ".-"
+            panel.plot(ratios, [result[key] for result in results], style, label=key.replace("_", " "))
+        panel.set(xlabel="skip ratio", ylim=(0, None))
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.savefig(out / "rollout.png", dpi=120)
+    print(f"figure: {out / 'rollout.png'}")
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

@@ -1,0 +1,267 @@
+"""Stage 1: supervised fine-tuning on chains of thought, eq. (1). Also holds what both training stages share.
+
+    python warmup.py                                            a small decoder from scratch on generated problems (toy)
+    python warmup.py --model Qwen/Qwen2.5-0.5B --task gsm8k     a pretrained one on GSM8K
+
+Departure from ReFT: the loss is the token mean over the whole batch, not the mean of sequence means. Layer dropout is ours:
+a share of the batches is trained with random inner layers left out, so that nested models stay close to the full one.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from evaluate import draw_curves, evaluate, report
+from model import Decoder, load, pick_device, sample_skip, write_json
+from reward import DataError, Problem, load_problems, make_prompt, make_target
+from rollout import SharedConfig, check, encode_prompts, flag, run_script, token_logp
+
+TOY = {"batch": 32, "lr": 4e-3, "weight_decay": 0.1, "layer_dropout": 0.5, "epochs": 0.75}
+PRETRAINED = {"batch": 48, "lr": 1e-5, "weight_decay": 0.0, "layer_dropout": 0.0, "epochs": 2.0}  # ReFT, section 4.3
+DROPPED_SHARE = 0.25  # layer dropout leaves out a quarter of the layers
+
+
+@dataclass
+class TrainConfig(SharedConfig):
+    """Flags of both training stages."""
+
+    data: str | None = flag(None, "training problems: a JSON file or hub id (default: the task's usual data set)")
+    seed: int = flag(0, "seed of weights, data order, skip masks and sampling")
+    micro_batch: int = flag(64, "rows of one forward and backward pass; lower it to save memory, the gradient stays")
+    save_every: int = flag(0, "steps between checkpoints; 0: one at the end")
+    eval_every: int = flag(0, "steps between greedy evaluations on the test problems; 0: one at the end")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "micro_batch", self.micro_batch >= 1, "at least 1")
+        check(self, "save_every", self.save_every >= 0, "at least 0")
+        check(self, "eval_every", self.eval_every >= 0, "at least 0")
+        check(self, "seed", self.seed >= 0, "at least 0")
+
+
+@dataclass
+class Config(TrainConfig):
+    """Flags of warmup.py; what is None is filled in from TOY or PRETRAINED."""
+
+    model: str | None = flag(
+        None, "directory or hub id to start from (default: a small decoder from scratch, task toy)"
+    )
+    out: str = flag("runs/warmup", "directory of the run")
+    steps: int | None = flag(None, "optimizer steps (default: as many as --epochs needs)")
+    epochs: float | None = flag(None, "passes over the problems (toy: 0.75, pretrained: 2)")
+    batch: int | None = flag(None, "problems of one optimizer step (toy: 32, pretrained: 48)")
+    lr: float | None = flag(None, "peak learning rate; it falls linearly to 0 (toy: 4e-3, pretrained: 1e-5)")
+    weight_decay: float | None = flag(None, "AdamW weight decay of the matrices (toy: 0.1, pretrained: 0)")
+    layer_dropout: float | None = flag(None, "share of batches with random layers left out (toy: 0.5, pretrained: 0)")
+
+    def __post_init__(self):
+        for name, value in (TOY if self.model is None else PRETRAINED).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        super().__post_init__()
+        check(self, "steps", self.steps is None or self.steps >= 1, "at least 1")
+        check(self, "epochs", self.epochs > 0, "above 0")
+        check(self, "batch", self.batch >= 1, "at least 1")
+        check(self, "lr", self.lr >= 0, "at least 0")
+        check(self, "layer_dropout", 0 <= self.layer_dropout <= 1, "between 0 and 1")
+        check(self, "task", self.model is not None or self.task == "toy", "toy unless --model names a pretrained model")
+
+
+def main(config: Config) -> dict:
+    """Train, evaluate on the test problems, save; returns what evaluation.json holds."""
+    # 1. problems (x, e, y) and the model
+    problems = load_problems(config.task, "train", config.data, config.limit, config.engine)
+    test_problems = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
+    without = sum(not problem.cot for problem in problems)
+    if without:
+        raise DataError(
+            f"{without} of {len(problems)} training problems have no chain of thought; warm-up needs one each"
+        )
+    if config.model is None:
+        model, tokenizer, eos_ids = toy_model(config, problems)
+    else:
+        model, tokenizer, eos_ids = load(config.model, config.device, config.dtype)
+    examples = encode_examples(problems, tokenizer, eos_ids[0], config.engine, model.config.max_positions)
+    optimizer = make_optimizer(model, config.weight_decay)
+    steps = config.steps or max(1, round(config.epochs * len(problems) / config.batch))
+    out = start_run(config)
+
+    seconds, bar = 0.0, tqdm(range(1, steps + 1), desc="warm-up", unit="step")
+    for step in bar:
+        started = time.perf_counter()
+
+        # 2. a batch, and for a share of the batches a skip mask
+        rng = np.random.default_rng((config.seed, step))
+        skip = None
+        if rng.random() < config.layer_dropout:
+            skip = sample_skip(
+                len(model.layers), DROPPED_SHARE, torch.Generator().manual_seed(int(rng.integers(2**62)))
+            )
+        batch = [examples[i] for i in batch_indices(config.seed, step, config.batch, len(examples))]
+        tokens, lengths, action_mask = collate(batch, model.embed.weight.device)
+
+        # 3. the loss and the update
+        denominator = action_mask.sum()  # of the whole batch: the micro-batch size does not change the gradient
+        loss_sum = 0.0
+        for rows, T in micro_batches(lengths, config.micro_batch):
+            mask = action_mask[rows, : T - 1]  # (n, T-1)
+            hidden = model(tokens[rows, :T], skip)[:, :-1][mask]  # (actions, d): completion positions only
+            logp = token_logp(model.logits(hidden), tokens[rows, 1:T][mask])  # (actions,)
+            loss = -logp.sum() / denominator  # eq. (1)
+            loss.backward()
+            loss_sum += loss.item()
+        lr = (
+            config.lr * min(1, step / (0.1 * steps)) * (1 - (step - 1) / steps)
+        )  # a tenth of the way up, then down to 0
+        grad_norm = optimizer_step(model, optimizer, lr)
+
+        # 4. the records
+        seconds += time.perf_counter() - started
+        record = {"step": step, "seconds": seconds, "loss": loss_sum, "lr": lr, "grad_norm": grad_norm}
+        record["tokens_per_second"] = int(lengths.sum()) / (time.perf_counter() - started)
+        if config.eval_every and step % config.eval_every == 0:
+            record["greedy_accuracy"] = evaluate(model, tokenizer, eos_ids, test_problems, config)["greedy_accuracy"]
+        append_record(out, record)
+        bar.set_postfix(loss=f"{loss_sum:.3f}", tok_s=f"{record['tokens_per_second']:.0f}")
+        if config.save_every and step % config.save_every == 0 and step < steps:
+            save_checkpoint(out, model, tokenizer)
+
+    # 5. checkpoint, evaluation, figure
+    save_checkpoint(out, model, tokenizer)
+    result = evaluate(model, tokenizer, eos_ids, test_problems, config)
+    write_json(out / "evaluation.json", result)
+    draw_curves(out, ("loss", "greedy_accuracy"))
+    print(report(result, seconds))
+    task = "" if config.task == "toy" else f" --task {config.task}"
+    model_flag = "" if config.out == "runs/warmup" else f" --model {config.out}"
+    print(f"checkpoint: {out}    next: python rl.py --skip-ratio 0.25{model_flag}{task}")
+    return result
+
+
+def toy_model(config: Config, problems: list[Problem]) -> tuple[Decoder, PreTrainedTokenizerFast, list[int]]:
+    """A decoder of about half a million parameters with new weights, and a tokenizer trained on the problems.
+
+    Byte-level BPE with digits apart, of a few hundred tokens, with ids of its own for padding and EOS.
+    """
+    bpe = Tokenizer(models.BPE())
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # no regex: tokens may span words
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_])
+    bpe.decoder = decoders.ByteLevel()
+    texts = (make_prompt(problem) + make_target(problem, config.engine) for problem in problems[:4000])
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<pad>", "<eos>"], initial_alphabet=bytes_.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
+    torch.manual_seed(config.seed)
+    model = Decoder(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            num_hidden_layers=8,
+            num_attention_heads=4,
+            intermediate_size=192,
+            max_position_embeddings=256,
+            initializer_range=0.06,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    model.autocast = config.dtype == "bfloat16"
+    dtype = torch.float64 if config.dtype == "float64" else torch.float32
+    return model.to(pick_device(config.device), dtype), tokenizer, [tokenizer.eos_token_id]
+
+
+def encode_examples(
+    problems: list[Problem], tokenizer, eos_id: int, engine: str, context: int
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of (prompt, completion with EOS) of every problem."""
+    targets = tokenizer([make_target(problem, engine) for problem in problems], add_special_tokens=False).input_ids
+    examples = [(p, [*t, eos_id]) for p, t in zip(encode_prompts(problems, tokenizer), targets, strict=True)]
+    for i, (prompt, completion) in enumerate(examples):
+        if len(prompt) + len(completion) > context:
+            raise DataError(
+                f"training problem {i + 1} has {len(prompt) + len(completion)} tokens, the model's context is {context}: "
+                f"leave it out or shorten it ({problems[i].question[:60]!r})"
+            )
+    return examples
+
+
+def collate(examples: list[tuple[list[int], list[int]]], device) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens (N, T) right-padded, lengths (N,), action_mask (N, T-1) as in Rollout. Any id serves as padding: 0."""
+    lengths = torch.tensor([len(prompt) + len(completion) for prompt, completion in examples], device=device)
+    starts = torch.tensor([len(prompt) for prompt, _ in examples], device=device)
+    rows = [torch.tensor(prompt + completion) for prompt, completion in examples]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+    column = torch.arange(1, tokens.shape[1], device=device)
+    return tokens, lengths, (column >= starts[:, None]) & (column < lengths[:, None])
+
+
+# ---- shared with rl.py ----------------------------------------------------------------------------------------------
+
+
+def batch_indices(seed: int, step: int, batch: int, count: int) -> list[int]:
+    """The `batch` problems of step 1, 2, ...: every epoch is a new permutation of all `count`, drawn from (seed, epoch)."""
+    first = (step - 1) * batch
+    last = first + batch - 1
+    epochs = {e: np.random.default_rng((seed, e)).permutation(count) for e in range(first // count, last // count + 1)}
+    return [int(epochs[i // count][i % count]) for i in range(first, first + batch)]
+
+
+def micro_batches(lengths: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
+    """Rows of like length, `size` at a time, and the columns they need: little time goes into padding."""
+    for rows in lengths.argsort(stable=True).split(size):
+        yield rows, int(lengths[rows[-1]])
+
+
+def make_optimizer(model: Decoder, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over fp32 (or float64) master weights; biases and norms do not decay."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def optimizer_step(model: Decoder, optimizer: torch.optim.Optimizer, lr: float, max_norm: float = 1.0) -> float:
+    """Clip the gradient to `max_norm`, step, clear; returns the norm before clipping."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm.item()
+
+
+def start_run(config: TrainConfig) -> Path:
+    """The folder of a run with run.json in it, its metrics empty."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "run.json", asdict(config))
+    (out / "metrics.jsonl").write_text("")
+    return out
+
+
+def append_record(out: Path, record: dict):
+    """One more line of metrics.jsonl."""
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def save_checkpoint(out: Path, model: Decoder, tokenizer):
+    """A Hugging Face directory: config, weights, value head, tokenizer."""
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    run_script(main, Config)
