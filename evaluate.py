@@ -67,7 +67,7 @@ def evaluate(
     model: Decoder, tokenizer, eos_ids: list[int], problems: list[Problem], config: SharedConfig, samples: int = 0
 ) -> dict:
     """What evaluation.json holds: greedy accuracy of the full model and, from `samples` completions, maj@k and pass@k."""
-    prompts = encode_prompts(problems, tokenizer)
+    prompts = encode_prompts(problems, tokenizer, model, config.max_new_tokens)
     shared = {
         "max_new_tokens": config.max_new_tokens,
         "eos_id": eos_ids,
@@ -120,7 +120,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     z, p = 1.96, successes / trials
     centre = p + z * z / (2 * trials)
     spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    return (centre - spread) / (1 + z * z / trials), (centre + spread) / (1 + z * z / trials)
+    return max(0.0, (centre - spread) / (1 + z * z / trials)), min(1.0, (centre + spread) / (1 + z * z / trials))
 
 
 def report(result: dict, seconds: float) -> str:
@@ -179,7 +179,12 @@ def draw_results(config: Config, results: list[dict]):
     print(f"figure: {Path(config.out) / 'evaluation.png'}")
 
 
-if __name__ == "__main__":
+def make_parser() -> HfArgumentParser:
+    """The flags and, in front of them, the runs."""
     parser = HfArgumentParser(Flags, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", help="directories or hub ids of checkpoints")
-    run_script(main, Config, parser)
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, Config, make_parser())

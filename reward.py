@@ -101,12 +101,13 @@ def number_text(value: Fraction) -> str:
 
 # ---- where the answer stands ----
 
-# The greedy start makes the last marker win. Possessive repeats (++, *+) keep the time linear, here and below. At most
-# one line break is skipped: what follows an empty line is another paragraph.
+# The greedy start makes the last marker win. At most one line break is skipped: what follows an empty line is another
+# paragraph. Time is linear: only the braces of a box can fail after the marker's words, and a box tries few characters
+# twice.
 MARKER = re.compile(
-    r"""(?s:.*) (?: \\boxed[^\S\n]*+ \{ (?P<box> (?:[^{}\n] | \{(?:[^{}\n]|\{[^{}\n]*+\})*+\} )*+ ) \}
+    r"""(?s:.*) (?: \\boxed[^\S\n]* \{ (?P<box> (?:[^{}\n] | \{(?:[^{}\n]|\{[^{}\n]*\})*\} )* ) \}
                   | (?: (?i:the\ (?:final\ |correct\ )?answer\ is)(?![^\W\d_]) | \#\#\#\# | (?<![^\n])A: )
-                    [^\S\n]*+ :? [^\S\n]*+ [*_]*+ [^\S\n]*+ \n?+ (?P<line>[^\n]*+) )""",
+                    [^\S\n]* :? [^\S\n]* [*_]* [^\S\n]* \n? (?P<line>[^\n]*) )""",
     re.VERBOSE,
 )
 
@@ -144,34 +145,34 @@ LATEX = (  # applied in this order; no replacement joins what stood apart
 
 SCALE = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # powers of ten
 SCALES = "|".join(SCALE)
-UINT = rf"(?:[1-9][0-9]{{0,2}}(?:(?:,[0-9]{{3}})++|(?:{THIN}[0-9]{{3}})++)|[0-9]++)"
-MONEY = r"(?:(?:us\ ?)?[$€£¥₹]|rs\ ?\.|(?:rs|usd|eur|inr)\b)\s*+"
-ABOUT = r"(?:approximately|about|around|roughly|exactly|only|equal\ to)\s++"
+UINT = rf"(?:[1-9][0-9]{{0,2}}(?:(?:,[0-9]{{3}})+|(?:{THIN}[0-9]{{3}})+)|[0-9]+)"
+MONEY = r"(?:(?:(?:us\ ?)?[$€£¥₹]|rs\ ?\.|(?:rs|usd|eur|inr)\b)\s*){0,3}"
+ABOUT = r"(?:approximately|about|around|roughly|exactly|only|equal\ to)\s+"
 AFFIX = r"\s*(?:%|percent\b|°(?:\s?[cf]\b)?|[$€£¥₹¢])"
 UNIT = r"(?:[cmk]?m|[mk]?g|m?l|lbs?|oz|ft|in|hr?s?|mins?|s|mph)(?!\w)"
 OTHER = rf"(?:{SCALES}|or|half|halves|thirds|k|x|pi|π|sqrt|plus|minus|over|divided|squared|cubed|[ap]\s?\.?\s?m)\b"
 BECAUSE = r"(?:because|since|as|after|when|if|for|in|from|on|at|with)\b"
 NUMBER = re.compile(
     rf"""
-    [\s*_"'(\[{{]*+ (?:{ABOUT})?+ (?:{MONEY})*+ (?P<sign>[-+]?) \s*+ (?:{MONEY})*+
+    [\s*_"'(\[{{]* (?:{ABOUT})? {MONEY} (?:(?P<sign>[-+])\s*)? {MONEY}
     (?: (?:(?P<whole>{UINT})\s+)? (?P<over>{UINT}) \s*/\s* (?P<under>{UINT})                # 3/4, 2 3/4
-      | (?P<int>{UINT})? (?:\.(?P<frac>[0-9]++))? (?<=[0-9])                                # 18, 1,800.50, .5
+      | (?P<int>{UINT})? (?:\.(?P<frac>[0-9]+))? (?<=[0-9])                                 # 18, 1,800.50, .5
         (?: e(?P<e>[-+]?[0-9]{{1,3}}) | \s*[x*]\s*10\s*\^\s*(?P<ten>[-+]?[0-9]{{1,3}}) )?   # 1.8e3, 1.8 x 10^3
-    ) (?![0-9]) (?: \s* (?P<scale>{SCALES})\b )?+
-    (?:{AFFIX})?+ (?:{UNIT})?+ [\s*_"')\]}}$]*+ (?: / (?=[^\W\d_]) )?+                      # 18%, 18kg, 18**, 18/hour
+    )
+    (?:\s*(?P<scale>{SCALES})\b)? (?:{AFFIX})? (?:{UNIT})? [\s*_"')\]}}$]* (?:/(?=[^\W\d_]))?  # 18 million, 18%, 18kg
     (?: (?<![0-9*_$]) (?!{OTHER}|{BECAUSE})                 # Words of a unit. Not OTHER: "18 or" is not 18.
-        [^\W\d_]++ (?:\s?\^\s?[23]|[23²³])?+ (?!\w) [\s*_"')\]}}$/'-]*+ )*+
-    (?: \Z | [.!?]++ (?!\s*[0-9=])                          # The end: of the line or the sentence,
-      | [,;:] (?!\s*(?:(?:or|and)\b\s*)?(?:{MONEY})?[-+]?\s*\.?[0-9]) (?!\s*or\b)           # no list, ratio or time,
+        [^\W\d_²³]+ (?:\s?\^\s?[23]|[23]|\s?[²³])? (?!\w) [\s*_"')\]}}$/'-]* )*
+    (?: \Z | [.!?] (?![.!?\s]*[0-9=])                       # The end: of the line or the sentence,
+      | [,;:] (?!\s*(?:(?:or|and)\b\s*)?{MONEY}[-+]?\s*\.?[0-9]) (?!\s*or\b)                # no list, ratio or time,
       | (?<=\s)\( (?!\s*[-+]?[0-9.,]+\s*\)) | — | (?<!\w){BECAUSE} )                        # or an explanation starts.
     """,
     re.VERBOSE,
 )
 EQUALS = re.compile(r"(?<![<>!=])=(?![=>])")
 LETTER = re.compile(
-    r"""[\s*_"'(\[{$]*+ (?:(?:option|choice|answer|letter)\b\s*:?\s*[(\[]?)?+ \s*+ (?P<letter>[a-e])
+    r"""[\s*_"'(\[{$]* (?:(?:option|choice|answer|letter)\b\s*:?\s*[(\[]?\s*)? (?P<letter>[a-e])
     (?!.*(?:,|/|\bor\b|\band\b)\s*(?:(?:option|choice)\s+)?[(\[]?(?:[b-e]\b|a\s*(?:[)\].,]|\Z)))  # no list of letters
-    [*_"'$\s]*+ (?: \Z | [()\]},;:!?] | \.(?!\w) | (?:because|since|as)\b )""",
+    [*_"'$\s]* (?: \Z | [()\]},;:!?] | \.(?!\w) | (?:because|since|as)\b )""",
     re.VERBOSE,
 )
 
@@ -395,8 +396,8 @@ def toy_problems(split: str, limit: int | None, engine: str) -> list[Problem]:
     """Gains and losses in words: 2-4 steps, every running total in 0..20, the same problems in every run.
 
     A hash of the numbers of a problem says which split it belongs to: no two splits share a sequence of numbers. Each
-    question has one annotated chain of thought, and annotators differ at random: half write every step, half jump to
-    the answer.
+    question has one annotated chain of thought, and annotators differ: half of all chains write every step, half jump to
+    the answer. Things have their annotators and annotators their habits: three of four, one way or the other.
     """
     size = TOY_SIZES[split] if limit is None else limit
     if size > TOY_SIZES[split]:
@@ -410,8 +411,9 @@ def toy_problems(split: str, limit: int | None, engine: str) -> list[Problem]:
         steps = [after - before for before, after in itertools.pairwise(totals)]
         name, pronoun = rng.choice(TOY_PEOPLE)
         *events, last = (f"{rng.choice(TOY_GAINS if step > 0 else TOY_LOSSES)} {abs(step)}" for step in steps)
-        question = f"{name} has {totals[0]} {rng.choice(TOY_THINGS)}. {pronoun} {', '.join(events)} and {last}."
-        cot = toy_cot(totals, rng.random() < 0.5, engine)
+        thing = rng.randrange(len(TOY_THINGS))
+        question = f"{name} has {totals[0]} {TOY_THINGS[thing]}. {pronoun} {', '.join(events)} and {last}."
+        cot = toy_cot(totals, rng.random() < (0.75 if thing % 2 else 0.25), engine)
         home = {0: "test", 1: "validation"}.get(zlib.crc32(bytes(totals)) % 10, "train")
         if home == split:
             problems.setdefault(question, Problem(f"{question} How many now?", cot, str(totals[-1])))

@@ -41,7 +41,7 @@ from warmup import (
 )
 
 CORRECTIONS = ("none", "ratio", "truncated")
-TOY = {"steps": 20, "rollout_batch": 128, "minibatch": 64, "lr": 1e-4, "kl_coef": 0.01, "value_coef": 0.1}
+TOY = {"steps": 40, "rollout_batch": 128, "minibatch": 64, "lr": 1e-4, "kl_coef": 0.01, "value_coef": 0.1}
 PRETRAINED = {
     "steps": 1000,
     "rollout_batch": 32,
@@ -59,7 +59,7 @@ class Config(TrainConfig):
 
     model: str = flag("runs/warmup", "directory or hub id of the warm-up model, also the reference of the KL penalty")
     out: str = flag("runs/rl", "directory of the run")
-    steps: int | None = flag(None, "rollout batches (toy: 20, else 1000)")
+    steps: int | None = flag(None, "rollout batches (toy: 40, else 1000)")
     skip_ratio: float = flag(0.0, "share of the layers that the behavior model skips; 0 is plain ReFT")
     correction: str = flag("truncated", f"importance-ratio correction: {', '.join(CORRECTIONS)}")
     cap: float = flag(2.0, "upper bound C of the truncated weights pi_old / mu")
@@ -110,7 +110,10 @@ def main(config: Config) -> dict:
     model, tokenizer, eos_ids = load(config.model, config.device, config.dtype)
     reference = copy.deepcopy(model).requires_grad_(False)  # pi_theta^(0)
     optimizer = make_optimizer(model, weight_decay=0.0)
-    sample_skip(len(model.layers), config.skip_ratio)  # refuses an impossible ratio before anything is written
+    # what cannot work is refused before anything is written
+    sample_skip(len(model.layers), config.skip_ratio)
+    prompts = encode_prompts(problems, tokenizer, model, config.max_new_tokens)
+    encode_prompts(test_problems, tokenizer, model, config.max_new_tokens)
     out = start_run(config)
     (out / "samples.txt").write_text("")
 
@@ -128,7 +131,7 @@ def main(config: Config) -> dict:
         # 2. completions from the nested behavior model mu
         rollout = sample(
             model,
-            encode_prompts(batch, tokenizer),
+            [prompts[i] for i in chosen],
             max_new_tokens=config.max_new_tokens,
             eos_id=eos_ids,
             pad_id=eos_ids[0],
@@ -166,7 +169,7 @@ def main(config: Config) -> dict:
         for _ in range(config.ppo_epochs):
             order = torch.randperm(len(tokens), generator=generator).to(tokens.device)
             for rows in order.split(config.minibatch):
-                denominator = mask[rows].sum()  # of the whole optimizer step: micro-batches do not change the gradient
+                denominator = int(mask[rows].sum())  # of the whole optimizer step: the micro-batch size changes nothing
                 for part, T in micro_batches(lengths[rows], config.micro_batch):
                     b = rows[part]
                     mb_tokens, mb_mask = tokens[b, :T], mask[b, : T - 1]
@@ -183,9 +186,8 @@ def main(config: Config) -> dict:
                     loss.backward()
                     ratio = importance_ratio(logp_new.detach(), mb_old, mb_behav, config.correction)
                     clipped = is_clipped(ratio, mb_advantages, config.clip) & mb_mask
-                    totals += torch.tensor(
-                        [pg_loss.item() * denominator, v_loss.item() * denominator, clipped.sum(), mb_mask.sum()]
-                    )
+                    sums = [pg_loss.item() * denominator, v_loss.item() * denominator, clipped.sum(), mb_mask.sum()]
+                    totals += torch.tensor(sums, dtype=torch.float64)
                 updates += 1
                 grad_norms.append(optimizer_step(model, optimizer, config.lr * min(1, updates / LR_RAMP)))
 
@@ -225,6 +227,7 @@ def main(config: Config) -> dict:
             accuracy=f"{record['accuracy']:.3f}",
             loss=f"{record['policy_loss'] + config.value_coef * record['value_loss']:.3f}",
             tok_s=f"{record['rollout_tokens_per_second']:.0f}",
+            refresh=False,
         )
         if step % 5 == 1:
             with (out / "samples.txt").open("a") as file:

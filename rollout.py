@@ -95,10 +95,7 @@ def sample(
     if not longest or not all(prompts):
         raise ValueError("sample() needs at least one prompt, and no empty one")
     if longest + max_new_tokens > model.config.max_positions:
-        raise DataError(
-            f"a prompt of {longest} tokens and --max-new-tokens {max_new_tokens} "
-            f"exceed the model's context of {model.config.max_positions}"
-        )
+        raise ValueError(f"{longest} prompt tokens + {max_new_tokens} new ones > context {model.config.max_positions}")
     seeds = prompt_seeds(seed, len(prompts)) if isinstance(seed, int) else seed
     eos = torch.tensor([eos_id] if isinstance(eos_id, int) else eos_id, dtype=torch.int64, device=device)
 
@@ -168,9 +165,20 @@ def prefill(
     return hidden[copy, starts - 1], cache
 
 
-def encode_prompts(problems: list[Problem], tokenizer) -> list[list[int]]:
-    """Token ids of every prompt, with the special tokens (BOS) that the tokenizer puts in front."""
-    return tokenizer([make_prompt(problem) for problem in problems]).input_ids
+def encode_prompts(problems: list[Problem], tokenizer, model: Decoder, max_new_tokens: int) -> list[list[int]]:
+    """Token ids of every prompt, with the special tokens (BOS) that the tokenizer puts in front.
+
+    DataError names the first problem that leaves no room for max_new_tokens in the context.
+    """
+    prompts = tokenizer([make_prompt(problem) for problem in problems]).input_ids
+    room = model.config.max_positions - max_new_tokens
+    for number, (prompt, problem) in enumerate(zip(prompts, problems, strict=True), 1):
+        if len(prompt) > room:
+            raise DataError(
+                f"problem {number} ({problem.question[:40]!r}...) has {len(prompt)} tokens: the model's context of "
+                f"{model.config.max_positions} less {max_new_tokens} new ones holds {room}; leave it out"
+            )
+    return prompts
 
 
 def grade(rollout: Rollout, problems: list[Problem], tokenizer, task: str) -> tuple[list[str], Tensor]:
@@ -267,7 +275,7 @@ def main(config: Config) -> list[dict]:
     """Per skip ratio: tokens/s, speed-up, KL(mu||pi) per token and the accuracy of mu. The ratios take turns."""
     model, tokenizer, eos_ids = load(config.model, config.device, config.dtype)
     problems = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
-    prompts, layers = encode_prompts(problems, tokenizer), len(model.layers)
+    prompts, layers = encode_prompts(problems, tokenizer, model, config.max_new_tokens), len(model.layers)
     sums = {ratio: torch.zeros(4, dtype=torch.float64) for ratio in config.skip_ratios}  # seconds, tokens, KL, right
     for round_ in tqdm(range(config.rounds + 1), desc="rounds", unit="round"):
         for ratio in config.skip_ratios:

@@ -25,7 +25,7 @@ from model import Decoder, load, pick_device, sample_skip, write_json
 from reward import DataError, Problem, load_problems, make_prompt, make_target
 from rollout import SharedConfig, check, encode_prompts, flag, run_script, token_logp
 
-TOY = {"batch": 32, "lr": 4e-3, "weight_decay": 0.1, "layer_dropout": 0.5, "epochs": 0.75}
+TOY = {"batch": 32, "lr": 4e-3, "weight_decay": 0.1, "layer_dropout": 0.5, "epochs": 0.85}
 PRETRAINED = {"batch": 48, "lr": 1e-5, "weight_decay": 0.0, "layer_dropout": 0.0, "epochs": 2.0}  # ReFT, section 4.3
 DROPPED_SHARE = 0.25  # layer dropout leaves out a quarter of the layers
 
@@ -57,7 +57,7 @@ class Config(TrainConfig):
     )
     out: str = flag("runs/warmup", "directory of the run")
     steps: int | None = flag(None, "optimizer steps (default: as many as --epochs needs)")
-    epochs: float | None = flag(None, "passes over the problems (toy: 0.75, pretrained: 2)")
+    epochs: float | None = flag(None, "passes over the problems (toy: 0.85, pretrained: 2)")
     batch: int | None = flag(None, "problems of one optimizer step (toy: 32, pretrained: 48)")
     lr: float | None = flag(None, "peak learning rate; it falls linearly to 0 (toy: 4e-3, pretrained: 1e-5)")
     weight_decay: float | None = flag(None, "AdamW weight decay of the matrices (toy: 0.1, pretrained: 0)")
@@ -90,7 +90,8 @@ def main(config: Config) -> dict:
         model, tokenizer, eos_ids = toy_model(config, problems)
     else:
         model, tokenizer, eos_ids = load(config.model, config.device, config.dtype)
-    examples = encode_examples(problems, tokenizer, eos_ids[0], config.engine, model.config.max_positions)
+    examples = encode_examples(problems, tokenizer, model, eos_ids[0], config.engine)
+    encode_prompts(test_problems, tokenizer, model, config.max_new_tokens)  # too long? now, not after the training
     optimizer = make_optimizer(model, config.weight_decay)
     steps = config.steps or max(1, round(config.epochs * len(problems) / config.batch))
     out = start_run(config)
@@ -110,7 +111,7 @@ def main(config: Config) -> dict:
         tokens, lengths, action_mask = collate(batch, model.embed.weight.device)
 
         # 3. the loss and the update
-        denominator = action_mask.sum()  # of the whole batch: the micro-batch size does not change the gradient
+        denominator = int(action_mask.sum())  # of the whole batch: the micro-batch size does not change the gradient
         loss_sum = 0.0
         for rows, T in micro_batches(lengths, config.micro_batch):
             mask = action_mask[rows, : T - 1]  # (n, T-1)
@@ -131,7 +132,7 @@ def main(config: Config) -> dict:
         if config.eval_every and step % config.eval_every == 0:
             record["greedy_accuracy"] = evaluate(model, tokenizer, eos_ids, test_problems, config)["greedy_accuracy"]
         append_record(out, record)
-        bar.set_postfix(loss=f"{loss_sum:.3f}", tok_s=f"{record['tokens_per_second']:.0f}")
+        bar.set_postfix(loss=f"{loss_sum:.3f}", tok_s=f"{record['tokens_per_second']:.0f}", refresh=False)
         if config.save_every and step % config.save_every == 0 and step < steps:
             save_checkpoint(out, model, tokenizer)
 
@@ -183,18 +184,18 @@ def toy_model(config: Config, problems: list[Problem]) -> tuple[Decoder, PreTrai
 
 
 def encode_examples(
-    problems: list[Problem], tokenizer, eos_id: int, engine: str, context: int
+    problems: list[Problem], tokenizer, model: Decoder, eos_id: int, engine: str
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids of (prompt, completion with EOS) of every problem."""
+    prompts = encode_prompts(problems, tokenizer, model, 0)
     targets = tokenizer([make_target(problem, engine) for problem in problems], add_special_tokens=False).input_ids
-    examples = [(p, [*t, eos_id]) for p, t in zip(encode_prompts(problems, tokenizer), targets, strict=True)]
-    for i, (prompt, completion) in enumerate(examples):
-        if len(prompt) + len(completion) > context:
+    for number, (prompt, target) in enumerate(zip(prompts, targets, strict=True), 1):
+        if len(prompt) + len(target) + 1 > model.config.max_positions:
             raise DataError(
-                f"training problem {i + 1} has {len(prompt) + len(completion)} tokens, the model's context is {context}: "
-                f"leave it out or shorten it ({problems[i].question[:60]!r})"
+                f"training problem {number} has {len(prompt) + len(target) + 1} tokens with its chain of thought, "
+                f"the model's context {model.config.max_positions}; leave it out"
             )
-    return examples
+    return [(prompt, [*target, eos_id]) for prompt, target in zip(prompts, targets, strict=True)]
 
 
 def collate(examples: list[tuple[list[int], list[int]]], device) -> tuple[Tensor, Tensor, Tensor]:

@@ -170,6 +170,17 @@ def test_a_million_characters_take_less_than_a_second(frame, piece):
         assert time.process_time() - start < 1.0
 
 
+def test_no_line_makes_the_grammar_backtrack_for_long():
+    rng = random.Random(0)
+    pieces = [*PIECES, *REPEATED, "²", "'", "km", "/", "(", "million", "because", "½", "°", "or"]
+    for _ in range(1500):
+        line = rng.choice(["", "18", "$", "x = "]) + "".join(rng.choices(pieces, k=rng.randint(1, 3))) * 400
+        start = time.process_time()
+        score(f"the answer is {line}", "18", "gsm8k")
+        score(f"the answer is {line}", "a", "mathqa", OPTIONS)
+        assert time.process_time() - start < 0.5, line[:40]
+
+
 def test_any_thread_scores():
     rewards = []
     threads = [threading.Thread(target=lambda: rewards.append(score("#### 18", "18", "gsm8k"))) for _ in range(4)]
@@ -302,6 +313,7 @@ def write(folder: Path, *rows, name: str = "data.jsonl") -> str:
         ("mathqa-numeric", MATHQA, Problem("how many ?", "it is 30 . answer c", "30")),
         ("gsm8k", REFT, Problem("How many?", "9 + 9\n\nTherefore, the answer is <18>.", "18.0")),
         ("gsm8k", {"question": "How many?", "answer_value": "18"}, Problem("How many?", "", "18")),
+        ("mathqa", {"question": "how many ?", "answer_value": "c"}, Problem("how many ?", "", "c")),
         ("gsm8k", REFT | {"answer_cot": None}, Problem("How many?", "", "18.0")),
         (
             "mathqa",

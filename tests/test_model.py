@@ -1,0 +1,227 @@
+"""model.py against transformers, and the cache against no cache."""
+
+import json
+
+import pytest
+import torch
+from families import CONFIGS, random_hf_model
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen2Config
+
+from model import Decoder, load_tokenizer, sample_skip
+from reward import DataError
+
+MASKS = {"none": (), "inner": (1, 2), "first": (0,), "last": (3,), "first and last": (0, 3)}
+
+
+def skip_of(layers) -> torch.Tensor:
+    skip = torch.zeros(4, dtype=torch.bool)
+    skip[list(layers)] = True
+    return skip
+
+
+def tokens_of(rows: int = 3, columns: int = 20) -> torch.Tensor:
+    return torch.randint(0, 97, (rows, columns), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request, tmp_path_factory):
+    """The same weights as a transformers model and as ours."""
+    folder = tmp_path_factory.mktemp(request.param)
+    hf = random_hf_model(request.param)
+    hf.save_pretrained(folder)
+    return hf, Decoder.from_pretrained(folder)
+
+
+@torch.no_grad()
+def test_logits_equal_transformers_also_right_padded(pair):
+    hf, decoder = pair
+    tokens, mask = tokens_of(), torch.ones(3, 20, dtype=torch.int64)
+    mask[0, 7:] = mask[1, 13:] = 0
+    expected = hf(tokens, attention_mask=mask).logits
+    logits = decoder.logits(decoder(tokens))
+    assert (logits - expected)[mask.bool()].abs().max() < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", MASKS.values(), ids=MASKS)
+def test_masked_forward_equals_transformers_without_those_layers(pair, layers):
+    hf, decoder = pair
+    body = getattr(hf.model, "decoder", hf.model)
+    all_layers = body.layers
+    try:
+        body.layers = torch.nn.ModuleList(layer for i, layer in enumerate(all_layers) if i not in layers)
+        expected = hf(tokens_of(), use_cache=False).logits
+    finally:
+        body.layers = all_layers
+    assert (decoder.logits(decoder(tokens_of(), skip_of(layers))) - expected).abs().max() < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", MASKS.values(), ids=MASKS)
+def test_cached_equals_uncached_at_ragged_positions(pair, layers):
+    _, decoder = pair
+    tokens, skip = tokens_of(), skip_of(layers)
+    expected = decoder(tokens, skip)
+    cache = decoder.new_cache(3, 20, skip)
+    assert len(cache) == 4 - len(layers)  # a skipped layer owns no cache
+    decoder(tokens[:, :7], skip, cache[..., :7, :], torch.arange(7).expand(3, 7))
+    position = torch.tensor([3, 5, 7])  # rows stand at different columns; what the prefill wrote there is overwritten
+    for _ in range(13):
+        hidden = decoder(tokens.gather(1, position[:, None]), skip, cache, position[:, None])[:, 0]
+        assert (hidden - expected[torch.arange(3), position]).abs().max() < 1e-4
+        position = position + 1
+
+
+@torch.no_grad()
+def test_batch_equals_its_rows_one_by_one(pair):
+    _, decoder = pair
+    together = decoder(tokens_of())
+    for row, tokens in enumerate(tokens_of()):
+        assert (decoder(tokens[None, :11])[0] - together[row, :11]).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_saved_directory_opens_in_transformers_with_the_same_logits(pair, tmp_path):
+    hf, decoder = pair
+    decoder.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(hf)
+    assert torch.equal(again(tokens_of()).logits, hf(tokens_of()).logits)
+    assert not list(tmp_path.glob("value_head*.safetensors"))  # inference servers load every such file
+    config = json.loads((tmp_path / "config.json").read_text())
+    if decoder.config.rope is not None:
+        assert config["rope_theta"] == decoder.config.rope["rope_theta"]  # for readers older than transformers 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama3", "qwen2", "galactica"])
+def test_sharded_and_bf16_checkpoints_load(family, tmp_path):
+    hf = random_hf_model(family).to(torch.bfloat16)
+    hf.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    decoder = Decoder.from_pretrained(tmp_path)
+    assert decoder.embed.weight.dtype == torch.float32  # master weights
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(tokens_of()).logits
+    assert (decoder.logits(decoder(tokens_of())) - expected).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_pytorch_bin_without_the_model_prefix_loads(tmp_path):
+    hf = random_hf_model("opt")
+    hf.config.save_pretrained(tmp_path)
+    weights = {k.removeprefix("model."): v for k, v in hf.state_dict().items() if k != "lm_head.weight"}
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    decoder = Decoder.from_pretrained(tmp_path)
+    assert (decoder.logits(decoder(tokens_of())) - hf(tokens_of()).logits).abs().max() < 1e-4
+
+
+def test_value_head_starts_at_zero_and_survives_saving(tmp_path):
+    decoder = Decoder(CONFIGS["qwen2"]())
+    hidden = decoder(tokens_of())
+    assert (decoder.values(hidden) == 0).all() and decoder.values(hidden).shape == (3, 20)
+    decoder.save_pretrained(tmp_path / "zero")
+    assert (Decoder.from_pretrained(tmp_path / "zero").values(hidden) == 0).all()
+    torch.nn.init.normal_(decoder.value_head.weight)
+    decoder.save_pretrained(tmp_path / "normal")
+    assert torch.equal(Decoder.from_pretrained(tmp_path / "normal").values(hidden), decoder.values(hidden))
+
+
+def test_autocast_leaves_logits_and_values_in_fp32():
+    decoder = Decoder(CONFIGS["qwen2"]())
+    full = decoder.logits(decoder(tokens_of()))
+    decoder.autocast = True
+    hidden = decoder(tokens_of())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert decoder.logits(hidden).dtype == decoder.values(hidden).dtype == torch.float32
+    assert 0 < (decoder.logits(hidden) - full).abs().max() < 0.3
+
+
+def test_float64_stays_float64():
+    decoder = Decoder(CONFIGS["llama3"]()).double()
+    assert decoder.logits(decoder(tokens_of())).dtype == torch.float64
+
+
+def test_gradient_reaches_every_weight_but_those_of_skipped_layers():
+    decoder = Decoder(CONFIGS["qwen2"]())
+    decoder.logits(decoder(tokens_of(), skip_of((1,)))).square().mean().backward()
+    for name, parameter in decoder.named_parameters():
+        used = not name.startswith(("layers.1.", "value_head"))
+        assert (parameter.grad is not None and parameter.grad.abs().max() > 0) == used, name
+
+
+def test_sample_skip_is_uniform_among_inner_layers():
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.stack([sample_skip(8, 0.25, generator) for _ in range(3000)])
+    assert (masks.sum(1) == 2).all()
+    assert not masks[:, 0].any() and not masks[:, 7].any()
+    assert (masks[:, 1:7].double().mean(0) - 1 / 3).abs().max() < 0.04
+    assert not sample_skip(8, 0.0).any()
+
+
+@pytest.mark.parametrize("ratio", [0.75, 1.0, -0.5])
+def test_sample_skip_refuses_to_skip_every_inner_layer(ratio):
+    with pytest.raises(DataError, match="--skip-ratio"):
+        sample_skip(8, ratio)
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+BAD_CONFIGS = {
+    "unknown rope type": (
+        lambda: LlamaConfig(**SMALL, rope_parameters={"rope_type": "linear", "factor": 2.0}),
+        "linear",
+    ),
+    "sliding window": (lambda: Qwen2Config(**SMALL, **SLIDING), "sliding"),
+    "post-norm OPT": (lambda: OPTConfig(**SMALL, word_embed_proj_dim=32, do_layer_norm_before=False), "do_layer_norm"),
+    "projected OPT": (lambda: OPTConfig(**SMALL, word_embed_proj_dim=16), "word_embed_proj_dim"),
+    "activation": (lambda: LlamaConfig(**SMALL, hidden_act="mish"), "mish"),
+}
+
+
+@pytest.mark.parametrize(("make", "named"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_a_config_feature_that_would_be_ignored_is_refused(make, named):
+    with pytest.raises(DataError, match=named):
+        Decoder(make())
+
+
+def test_unknown_architecture_names_the_supported_ones(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(DataError, match=r"gpt2.*llama, qwen2, qwen3, opt"):
+        Decoder.from_pretrained(tmp_path)
+
+
+def broken_checkpoint(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    random_hf_model("codellama").save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_missing_misshapen_and_foreign_weights_are_named(tmp_path):
+    name = "model.layers.2.mlp.up_proj.weight"
+    with pytest.raises(DataError, match=f"missing.*{name}"):
+        Decoder.from_pretrained(broken_checkpoint(tmp_path / "a", lambda w: w.pop(name)))
+    with pytest.raises(DataError, match=rf"{name} is \[3, 3\].*\[48, 32\]"):
+        Decoder.from_pretrained(broken_checkpoint(tmp_path / "b", lambda w: w.update({name: torch.zeros(3, 3)})))
+    with pytest.raises(DataError, match=r"up_proj.bias"):
+        foreign = name.replace("weight", "bias")
+        Decoder.from_pretrained(broken_checkpoint(tmp_path / "c", lambda w: w.update({foreign: torch.zeros(48)})))
+
+
+def test_eos_comes_from_generation_config_then_config_then_tokenizer(tmp_path, toy_run):
+    decoder = Decoder.from_pretrained(toy_run)
+    decoder.generation_config = {"eos_token_id": [5, 6]}
+    assert load_tokenizer(toy_run, decoder)[1] == [5, 6]
+    decoder.generation_config = None
+    decoder.hf_config.eos_token_id = 7
+    assert load_tokenizer(toy_run, decoder)[1] == [7]
+    decoder.hf_config.eos_token_id = None
+    assert load_tokenizer(toy_run, decoder)[1] == [1]
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused(toy_run):
+    with pytest.raises(DataError, match="tokenizer"):
+        load_tokenizer(toy_run, Decoder(CONFIGS["qwen2"]()))

@@ -1,0 +1,259 @@
+"""rl.py: the equations by hand, and what breaks silently in PPO."""
+
+import json
+
+import pytest
+import torch
+
+import rl
+from model import load
+from rl import gae, policy_loss, value_loss, whiten
+from rollout import grade, sample
+
+PAD, EOS = 0, 1
+
+
+def metrics(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def train(toy_run, out, **flags):
+    """One in-process run of rl.py on the small checkpoint."""
+    defaults = {"model": str(toy_run), "out": str(out), "steps": 1, "rollout_batch": 8, "minibatch": 4, "limit": 40}
+    rl.main(rl.Config(**(defaults | {"max_new_tokens": 12} | flags)))
+    return load(out, None, flags.get("dtype"))[0], metrics(out)
+
+
+@pytest.fixture(autouse=True)
+def rewards_that_differ(monkeypatch):
+    """The barely trained checkpoint earns nothing; without rewards there would be no advantages and no gradient."""
+
+    def varied(rollout, problems, tokenizer, task):
+        texts, _ = grade(rollout, problems, tokenizer, task)
+        return texts, torch.tensor([(0.0, 1.0, 0.1)[n % 3] for n in range(len(texts))])
+
+    monkeypatch.setattr(rl, "grade", varied)
+
+
+# ---- eqs. (5)-(7) ---------------------------------------------------------------------------------------------------
+
+
+def test_gae_by_hand_with_a_length_1_a_full_length_and_a_cut_answer():
+    # columns:      prompt | actions ...                         gamma = 1, lam = 0.5
+    mask = torch.tensor([[0, 1, 0, 0], [0, 1, 1, 1], [0, 0, 1, 1]], dtype=torch.bool)
+    values = torch.tensor([[9, 0.25, 9, 9], [9, 0.5, 0.25, 0.75], [9, 9, 0.5, 1.0]], dtype=torch.float64)
+    rewards = torch.tensor([[0, 1.0, 0, 0], [0, -0.1, 0.2, 1.0], [0, 0, 0.1, 0.0]], dtype=torch.float64)
+    advantages, returns = gae(rewards, values, mask, 1.0, 0.5)
+    # row 0, length 1:  A = 1 - 0.25
+    # row 1, full:      delta = (-0.5-0.1+0.25, -0.25+0.2+0.75, -0.75+1) = (-0.35, 0.7, 0.25)
+    #                   A_3 = 0.25, A_2 = 0.7 + 0.125 = 0.825, A_1 = -0.35 + 0.4125 = 0.0625
+    # row 2, cut: no bootstrapped value: delta = (-0.5+0.1+1, -1+0) = (0.6, -1), A_2 = -1, A_1 = 0.6 - 0.5 = 0.1
+    expected = torch.tensor([[0, 0.75, 0, 0], [0, 0.0625, 0.825, 0.25], [0, 0, 0.1, -1.0]], dtype=torch.float64)
+    assert torch.allclose(advantages, expected, atol=1e-12)
+    assert torch.allclose(returns, (expected + values) * mask, atol=1e-12)
+
+
+def test_gae_with_gamma_below_1_and_values_of_padding_that_must_not_count():
+    mask = torch.tensor([[1, 1, 0]], dtype=torch.bool)
+    values = torch.tensor([[1.0, 2.0, 1e9]])
+    advantages, returns = gae(torch.tensor([[0.0, 1.0, 0.0]]), values, mask, 0.5, 1.0)
+    assert advantages.tolist() == [[-1.0 + 0.5 * 2.0 + 0.5 * -1.0, -1.0, 0.0]]
+    assert returns.tolist() == [[0.5, 1.0, 0.0]]
+
+
+def test_gae_scales_by_the_trace_of_the_next_action():
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    rewards, trace = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.25, 0.125]])
+    advantages, returns = gae(rewards, torch.zeros(1, 3), mask, 1.0, 1.0, trace)
+    assert advantages.tolist() == [[0.25 * 0.125, 0.125, 1.0]]  # c_{t+1} of eq. (6), never c_t
+    assert returns.tolist() == [[0.5 * 0.25 * 0.125, 0.25 * 0.125, 0.125]]  # eq. (7): V + c_t A_t
+
+
+# ---- eqs. (8)-(11) --------------------------------------------------------------------------------------------------
+
+
+def loss_of(ratio, advantage, correction="none", rho=1.0, cap=2.0):
+    """The loss of one action and its gradient with respect to log pi_theta."""
+    logp_old = torch.tensor([[-1.0]], dtype=torch.float64)
+    logp_new = (logp_old + torch.tensor(ratio, dtype=torch.float64).log()).requires_grad_()
+    logp_behav = logp_old - torch.tensor(rho, dtype=torch.float64).log()
+    A, mask = torch.full((1, 1), advantage, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    loss = policy_loss(logp_new, logp_old, logp_behav, A, mask, 0.2, correction, cap, 1)
+    (gradient,) = torch.autograd.grad(loss, logp_new)
+    return loss.item(), gradient.item()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (1.0, 2.0, -2.0, -2.0),
+        (1.5, 2.0, -1.2 * 2.0, 0.0),  # gains beyond 1 + eps are cut ...
+        (1.5, -2.0, 3.0, 3.0),  # ... losses are not
+        (0.5, -2.0, 0.8 * 2.0, 0.0),
+        (0.5, 2.0, -1.0, -1.0),
+    ],
+)
+def test_policy_loss_clips_on_one_side_only(ratio, advantage, loss, gradient):
+    assert loss_of(ratio, advantage) == pytest.approx((loss, gradient), abs=1e-12)
+
+
+def test_corrections_choose_ratio_and_weight():
+    assert loss_of(1.0, 1.0, "none", rho=1.5) == pytest.approx((-1.0, -1.0))
+    assert loss_of(1.0, 1.0, "ratio", rho=1.5) == pytest.approx((-1.2, 0.0))  # pi_theta / mu = 1.5 is clipped at step 0
+    assert loss_of(1.0, 1.0, "ratio", rho=1.1) == pytest.approx((-1.1, -1.1))
+    assert loss_of(1.0, 1.0, "truncated", rho=1.5) == pytest.approx(
+        (-1.5, -1.5)
+    )  # the clip sees pi_theta / pi_old only
+    assert loss_of(1.0, 1.0, "truncated", rho=9.0, cap=2.0) == pytest.approx((-2.0, -2.0))
+    assert loss_of(1.0, 1.0, "truncated", rho=0.5) == pytest.approx((-0.5, -0.5))
+
+
+def test_value_loss_is_refts_clip_of_the_return():
+    generator = torch.Generator().manual_seed(0)
+    V, V_old, A = (torch.randn(4, 7, generator=generator, dtype=torch.float64) for _ in range(3))
+    R, eps, mask = A + V_old, 0.2, torch.rand(4, 7, generator=generator) < 0.7
+    reft = torch.max((R - V) ** 2, (torch.clamp(R - V, A - eps, A + eps)) ** 2)  # with A = R - V_old
+    expected = 0.5 * (reft * mask).sum() / 5
+    assert value_loss(V, V_old, R, mask, eps, 5).item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_padding_changes_neither_loss_nor_whitening():
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(4, 7, generator=generator) < 0.6
+    a, b, c, A, V, R = (torch.randn(4, 7, generator=generator) for _ in range(6))
+
+    def everything(fill):
+        x = [torch.where(mask, t, torch.as_tensor(fill)) for t in (a, b, c, A, V, R)]
+        pg = policy_loss(x[0], x[1], x[2], x[3], mask, 0.2, "truncated", 2.0, 9)
+        return torch.cat([whiten(x[3], mask).flatten(), torch.stack([pg, value_loss(x[4], x[1], x[5], mask, 0.2, 9)])])
+
+    assert torch.equal(everything(0.0), everything(50.0))
+
+
+def test_whitened_advantages_have_mean_0_and_variance_1_over_the_mask():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]], dtype=torch.bool)
+    x = whiten(torch.tensor([[1.0, 2.0, 1e6], [6.0, 1e6, 1e6]]), mask)
+    assert x[mask].mean().abs() < 1e-6 and (x[mask].var(unbiased=False) - 1).abs() < 1e-5
+    assert (x[~mask] == 0).all()
+    for constant in (torch.tensor([[3.0]]), torch.tensor([[3.0, 3.0]])):  # one token, or all alike: no NaN
+        assert (whiten(constant, torch.ones_like(constant, dtype=torch.bool)) == 0).all()
+
+
+# ---- what breaks silently -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batch(toy_run):
+    """A small float64 model, two completions of different lengths with EOS, and their log-probabilities."""
+    model, _, _ = load(toy_run, None, "float64")
+    tokens = torch.tensor([[9, 8, 7, 6, EOS, PAD, PAD], [9, 8, 5, 4, 3, 2, EOS]])
+    mask = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    return model, tokens, mask
+
+
+def test_eos_gets_a_gradient_and_padding_none(batch):
+    model, tokens, mask = batch
+    hidden = model(tokens)
+    hidden.retain_grad()
+    model.forward = lambda *_: hidden
+    logp, values, _ = rl.action_stats(model, tokens, mask)
+    A = torch.ones_like(logp)
+    loss = policy_loss(logp, logp.detach(), logp.detach(), A, mask, 0.2, "none", 2.0, 1)
+    (loss + value_loss(values, values.detach(), A, mask, 0.2, 1)).backward()
+    touched = hidden.grad.abs().sum(-1) > 0  # (N, T): the state that emits EOS stands one column before it
+    assert touched[:, :-1].tolist() == mask.tolist()
+    assert not touched[:, -1].any()
+
+
+def test_action_stats_are_the_log_softmax_of_the_full_model(batch):
+    model, tokens, mask = batch
+    logp, values, entropy = rl.action_stats(model, tokens, mask)
+    log_pi = model.logits(model(tokens)).log_softmax(-1)[:, :-1]
+    expected = log_pi.gather(-1, tokens[:, 1:, None]).squeeze(-1) * mask
+    assert (logp - expected).abs().max() < 1e-12
+    assert (entropy - -(log_pi.exp() * log_pi).sum(-1) * mask).abs().max() < 1e-12
+    assert values.shape == mask.shape and (logp[~mask] == 0).all()
+
+
+def test_every_ratio_is_1_at_skip_0_and_lr_0(toy_run, tmp_path):
+    _, records = train(toy_run, tmp_path / "rl", lr=0.0, steps=2, micro_batch=3)
+    for record in records:
+        assert max(abs(record["log_ratio_min"]), abs(record["log_ratio_max"])) < 1e-5
+        assert record["clip_fraction"] == 0 and abs(record["kl_ref"]) < 1e-6 and abs(record["kl_behav"]) < 1e-6
+        assert abs(record["policy_loss"]) < 1e-4  # minus the mean of whitened advantages times ratios of 1
+
+
+@pytest.mark.parametrize("correction", ["none", "truncated"])
+def test_micro_batch_size_does_not_change_the_update(toy_run, tmp_path, correction):
+    runs = []
+    for micro_batch in (1, 3, 64):
+        flags = {
+            "micro_batch": micro_batch,
+            "dtype": "float64",
+            "skip_ratio": 0.25,
+            "correction": correction,
+            "lr": 1e-3,
+        }
+        runs.append(train(toy_run, tmp_path / str(micro_batch), **flags))
+    for model, records in runs[1:]:
+        for p, q in zip(model.parameters(), runs[0][0].parameters(), strict=True):
+            assert (p - q).abs().max() < 1e-9
+        for name in ("policy_loss", "value_loss", "clip_fraction", "entropy", "kl_ref", "grad_norm", "kl_behav"):
+            assert records[0][name] == pytest.approx(runs[0][1][0][name], abs=1e-9), name
+
+
+def test_a_step_at_refts_learning_rate_changes_the_weights(toy_run, tmp_path):
+    model, _ = train(toy_run, tmp_path / "rl", lr=3e-7, steps=1)
+    before = load(toy_run, None, None)[0]
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
+
+
+def test_the_mask_changes_from_batch_to_batch_and_the_run_repeats(toy_run, tmp_path):
+    a, first = train(toy_run, tmp_path / "a", steps=4, skip_ratio=0.25)
+    b, second = train(toy_run, tmp_path / "b", steps=4, skip_ratio=0.25)
+    assert len({tuple(record["skipped_layers"]) for record in first}) > 1
+    assert [r["reward"] for r in first] == [r["reward"] for r in second]
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_reward_and_kl_penalty_enter_as_equation_4(toy_run, tmp_path, monkeypatch):
+    seen = {}
+    real = rl.gae
+    monkeypatch.setattr(
+        rl, "gae", lambda rewards, *rest: seen.setdefault("r", (rewards, rest[1])) and real(rewards, *rest)
+    )
+    monkeypatch.setattr(rl, "grade", lambda rollout, *_: ([""] * 8, torch.arange(8.0)))
+    train(toy_run, tmp_path / "rl", kl_coef=0.0)
+    rewards, mask = seen["r"]
+    assert rewards.sum(1).tolist() == list(range(8))  # all of it, once a row
+    last = mask.long().cumsum(1).argmax(1)
+    assert rewards[torch.arange(8), last].tolist() == list(range(8))  # at the last token
+
+
+def test_kl_penalty_is_under_the_full_model(toy_run, tmp_path):
+    # at step 1 the policy is the reference, so the penalty is 0 however far mu is from both
+    _, records = train(toy_run, tmp_path / "rl", skip_ratio=0.25)
+    assert abs(records[0]["kl_ref"]) < 1e-6 and abs(records[0]["log_ratio_max"]) > 1e-3
+
+
+def test_logp_behav_that_is_not_finite_raises(toy_run, tmp_path, monkeypatch):
+    def broken(*args, **flags):
+        rollout = sample(*args, **flags)
+        rollout.logp_behav[0, int(rollout.prompt_lens[0])] = torch.nan
+        return rollout
+
+    monkeypatch.setattr(rl, "sample", broken)
+    with pytest.raises(FloatingPointError, match="logp_behav"):
+        train(toy_run, tmp_path / "rl")
+
+
+def test_metrics_hold_what_the_readme_lists(toy_run, tmp_path):
+    _, records = train(toy_run, tmp_path / "rl", eval_every=1, samples=2)
+    names = "step seconds reward accuracy length finished kl_ref kl_behav log_ratio_min log_ratio_mean log_ratio_max "
+    names += (
+        "clip_fraction explained_variance entropy grad_norm rollout_tokens_per_second rollout_seconds update_seconds"
+    )
+    assert set(names.split()) | {"greedy_accuracy"} <= set(records[0])
+    for file in ("config.json", "model.safetensors", "value_head.pt", "run.json", "evaluation.json", "curves.png"):
+        assert (tmp_path / "rl" / file).stat().st_size > 0
+    assert ">>>" in (tmp_path / "rl" / "samples.txt").read_text()

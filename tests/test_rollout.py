@@ -1,0 +1,152 @@
+"""rollout.py: what is sampled, what is recorded of it, and that neither depends on the batch."""
+
+import pytest
+import torch
+from families import CONFIGS, random_hf_model
+
+from model import Decoder, load
+from reward import Problem
+from rollout import Rollout, draw, grade, kl_behav, prompt_seeds, sample, token_logp
+
+INNER = torch.tensor([False, True, False, False])
+PROMPTS = [torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 9, 3, 12)]
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    torch.manual_seed(0)
+    return Decoder(CONFIGS["qwen2"]()).double()
+
+
+def run(decoder, prompts=PROMPTS, **changes):
+    flags = {"max_new_tokens": 20, "eos_id": [1, 2, 3], "pad_id": 0, "num_samples": 3, "seed": 4}
+    return sample(decoder, prompts, **(flags | changes))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "galactica", "llama3"])
+def test_greedy_equals_generate(family, tmp_path):
+    hf = random_hf_model(family)
+    hf.save_pretrained(tmp_path)
+    rollout = run(Decoder.from_pretrained(tmp_path), num_samples=1, temperature=0)
+    for row, prompt in enumerate(PROMPTS):
+        inputs = torch.tensor([prompt])  # with its mask: generate() would take an id 0 in the prompt for padding
+        flags = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": [1, 2, 3], "pad_token_id": 0}
+        expected = hf.generate(inputs, attention_mask=torch.ones_like(inputs), **flags)[0]
+        assert rollout.tokens[row, : rollout.lengths[row]].tolist() == expected.tolist()
+        assert len(expected) == rollout.lengths[row]
+
+
+@pytest.mark.parametrize("skip", [None, INNER, ~INNER], ids=["full", "inner", "first and last"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0])
+def test_logp_behav_equals_one_masked_forward_in_fp32(skip, temperature):
+    torch.manual_seed(0)
+    decoder = Decoder(CONFIGS["qwen2"]())
+    rollout = run(decoder, skip=skip, temperature=temperature)
+    with torch.no_grad():
+        logits = decoder.logits(decoder(rollout.tokens, skip))[:, :-1] / (temperature or 1.0)
+    logp = token_logp(logits, rollout.tokens[:, 1:])
+    assert (logp - rollout.logp_behav)[rollout.action_mask].abs().max() < 1e-5
+    assert (rollout.logp_behav[~rollout.action_mask] == 0).all()
+
+
+@pytest.mark.parametrize("skip", [None, INNER], ids=["full", "nested"])
+def test_completions_do_not_depend_on_batch_size_or_slot(decoder, skip):
+    whole = run(decoder, skip=skip)
+    for max_rows in (1, 2, 5):
+        other = run(decoder, skip=skip, max_rows=max_rows)
+        assert torch.equal(other.tokens, whole.tokens)
+        assert (other.logp_behav - whole.logp_behav).abs().max() < 1e-12
+    seeds = prompt_seeds(4, len(PROMPTS))
+    reversed_ = run(decoder, PROMPTS[::-1], skip=skip, seed=seeds[::-1])
+    for i in range(len(PROMPTS)):
+        for j in range(3):
+            a, b = 3 * i + j, 3 * (len(PROMPTS) - 1 - i) + j
+            assert whole.tokens[a, : whole.lengths[a]].tolist() == reversed_.tokens[b, : reversed_.lengths[b]].tolist()
+
+
+def test_the_picture_holds(decoder):
+    rollout = run(decoder)
+    N, T = rollout.tokens.shape
+    assert N == 12 and rollout.action_mask.shape == rollout.logp_behav.shape == (N, T - 1)
+    assert rollout.lengths.max() == T
+    for n in range(N):
+        start, end = int(rollout.prompt_lens[n]), int(rollout.lengths[n])
+        assert rollout.tokens[n, :start].tolist() == PROMPTS[n // 3]
+        assert rollout.action_mask[n].nonzero().flatten().tolist() == list(range(start - 1, end - 1))
+        assert (rollout.tokens[n, end:] == 0).all()
+        assert bool(rollout.finished[n]) == (int(rollout.tokens[n, end - 1]) in (1, 2, 3))
+        assert not set(rollout.tokens[n, start : end - 1].tolist()) & {1, 2, 3}
+        assert rollout.finished[n] or end - start == 20
+    assert 0 < rollout.finished.sum() < N  # both kinds occur, or the test shows nothing
+
+
+def test_a_sampled_pad_id_stays_in_the_mask_and_an_eos_in_the_prompt_ends_nothing(decoder):
+    rollout = run(decoder, [[1, 7, 2], [5, 1]], num_samples=40, pad_id=8)
+    inside = rollout.action_mask & (rollout.tokens[:, 1:] == 8)
+    assert inside.any()
+    assert (rollout.lengths - rollout.prompt_lens).double().mean() > 3
+    assert rollout.tokens[:40, :3].tolist() == [[1, 7, 2]] * 40
+
+
+def test_samples_follow_the_softmax_and_differ_from_each_other(decoder):
+    count = 4000
+    rollout = run(decoder, [PROMPTS[0]], num_samples=count, max_new_tokens=1)
+    with torch.no_grad():
+        expected = decoder.logits(decoder(torch.tensor([PROMPTS[0]]))[0, -1]).softmax(-1) * count
+    observed = torch.bincount(rollout.tokens[:, -1], minlength=97).double()
+    chi_square = ((observed - expected) ** 2 / expected).sum()
+    assert chi_square < 150  # 96 degrees of freedom: exceeded with probability 4e-4
+
+
+def test_a_skipped_layer_does_no_work(decoder):
+    calls = []
+    hooks = [layer.register_forward_hook(lambda *_, i=i: calls.append(i)) for i, layer in enumerate(decoder.layers)]
+    run(decoder, skip=INNER)
+    for hook in hooks:
+        hook.remove()
+    assert set(calls) == {0, 2, 3}
+
+
+def test_finished_rows_leave_the_batch(decoder):
+    rows = []
+    hook = decoder.layers[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    rollout = run(decoder, num_samples=30)
+    hook.remove()
+    assert rows[0] == len(PROMPTS)  # a prompt is prefilled once, whatever the number of samples
+    assert sum(rows[1:]) < 1.4 * int(rollout.action_mask.sum())
+    assert rows[-1] < rows[1]
+
+
+def test_no_eos_means_full_length(decoder):
+    rollout = run(decoder, eos_id=[])
+    assert (rollout.lengths - rollout.prompt_lens == 20).all() and not rollout.finished.any()
+
+
+def test_draw_never_takes_a_token_of_probability_zero():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, 5)
+    uniform = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert draw(logits, uniform, 1.0)[0].tolist() == [1, 3, 3]
+
+
+def test_a_cut_completion_earns_nothing(toy_run):
+    _, tokenizer, _ = load(toy_run, None, None)
+    text = tokenizer("That makes 8.\nTherefore, the answer is: 8").input_ids
+    tokens = torch.tensor([[5, *text], [5, *text]])
+    ends = torch.full((2,), tokens.shape[1])
+    rollout = Rollout(tokens, torch.ones(2, dtype=torch.int64), ends, None, None, torch.tensor([True, False]), None)
+    texts, rewards = grade(rollout, [Problem("q", "", "8")], tokenizer, "toy")
+    assert rewards.tolist() == [1.0, 0.0] and texts[0] == texts[1]
+
+
+def test_kl_behav_is_zero_without_skip_and_positive_with(decoder):
+    assert kl_behav(decoder, run(decoder), 5) == 0
+    nested = run(decoder, skip=INNER)
+    assert kl_behav(decoder, nested, 5) > 0
+    assert abs(kl_behav(decoder, nested, 5) - kl_behav(decoder, nested, 64)) < 1e-12
+
+
+def test_prompts_beyond_the_context_are_refused(decoder):
+    with pytest.raises(ValueError, match="context"):
+        run(decoder, max_new_tokens=40000)
+    with pytest.raises(ValueError, match="empty"):
+        run(decoder, [[1], []])

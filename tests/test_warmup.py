@@ -1,0 +1,123 @@
+"""warmup.py: eq. (1), the data order, and the whole job in a shortened form."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+import rl
+import warmup
+from evaluate import read_metrics
+from model import load
+from reward import DataError, load_problems
+from rollout import token_logp
+from warmup import batch_indices, collate, encode_examples, micro_batches
+
+
+def weights(run, dtype="float64"):
+    return list(load(run, None, dtype)[0].parameters())
+
+
+def train(out, **flags):
+    warmup.main(warmup.Config(out=str(out), **({"steps": 3, "limit": 60, "dtype": "float64"} | flags)))
+    return out
+
+
+def test_the_loss_counts_the_completion_with_eos_and_nothing_else(toy_run):
+    model, tokenizer, (eos,) = load(toy_run, None, "float64")
+    problems = load_problems("toy", "train", limit=3)
+    examples = encode_examples(problems, tokenizer, model, eos, "nl")
+    tokens, lengths, mask = collate(examples, "cpu")
+    for n, (prompt, completion) in enumerate(examples):
+        assert tokens[n, 1:][mask[n]].tolist() == completion and completion[-1] == eos
+        assert tokens[n, : lengths[n]].tolist() == prompt + completion
+        text = tokenizer.decode(completion[:-1])
+        assert text == f"{problems[n].cot}\nTherefore, the answer is: {problems[n].answer}"
+    with torch.no_grad():
+        logp = token_logp(model.logits(model(tokens))[:, :-1], tokens[:, 1:])
+    expected = -sum(logp[n][mask[n]].sum() for n in range(3)) / mask.sum()
+    losses = []
+    for row, (prompt, completion) in enumerate(examples):  # one by one, without padding
+        alone = torch.tensor([prompt + completion])
+        with torch.no_grad():
+            row_logp = token_logp(model.logits(model(alone))[:, :-1], alone[:, 1:])[0, len(prompt) - 1 :]
+        losses.append(-row_logp.sum())
+        assert len(row_logp) == int(mask[row].sum())
+    assert sum(losses) / mask.sum() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_micro_batch_size_does_not_change_the_training(tmp_path):
+    runs = [train(tmp_path / str(size), micro_batch=size) for size in (1, 5, 64)]
+    for run in runs[1:]:
+        assert all((p - q).abs().max() < 1e-9 for p, q in zip(weights(run), weights(runs[0]), strict=True))
+        assert read_metrics(run)[-1]["loss"] == pytest.approx(read_metrics(runs[0])[-1]["loss"], abs=1e-9)
+
+
+def test_layer_dropout_trains_nested_models_in_its_share_of_batches(tmp_path, monkeypatch):
+    masks = []
+    real = warmup.Decoder.forward
+    monkeypatch.setattr(
+        warmup.Decoder, "forward", lambda self, t, skip=None, *a: masks.append(skip) or real(self, t, skip, *a)
+    )
+    train(tmp_path, steps=60, layer_dropout=0.5, limit=40)
+    skips = [mask for mask in masks[:60] if mask is not None]
+    assert 20 < len(skips) < 40
+    assert all(int(skip.sum()) == 2 for skip in skips) and len({tuple(skip.tolist()) for skip in skips}) > 5
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
+    a, b, c = (train(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert all(torch.equal(p, q) for p, q in zip(weights(a), weights(b), strict=True))
+    assert not all(torch.equal(p, q) for p, q in zip(weights(a), weights(c), strict=True))
+
+
+def test_batches_walk_through_every_epoch_once():
+    order = [i for step in range(1, 8) for i in batch_indices(3, step, 5, 7)]
+    for epoch in range(5):
+        assert sorted(order[7 * epoch : 7 * epoch + 7]) == list(range(7))
+    assert order[:7] != order[7:14]
+    assert Counter(batch_indices(0, 1, 10, 4)) == Counter([0, 1, 2, 3, 0, 1, 2, 3, *batch_indices(0, 1, 10, 4)[8:]])
+
+
+def test_micro_batches_hold_every_row_once_and_no_more_columns_than_needed():
+    lengths = torch.tensor([5, 9, 2, 7, 7])
+    parts = list(micro_batches(lengths, 2))
+    assert sorted(torch.cat([rows for rows, _ in parts]).tolist()) == [0, 1, 2, 3, 4]
+    assert [T for _, T in parts] == [5, 7, 9]
+    assert all(int(lengths[rows].max()) == T for rows, T in parts)
+
+
+def test_pretrained_checkpoints_continue_training(toy_run, tmp_path):
+    warmup.main(warmup.Config(model=str(toy_run), out=str(tmp_path), steps=2, limit=40, batch=8))
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["lr"] == 1e-5 and run["layer_dropout"] == 0  # ReFT's numbers, not those of the small decoder
+    changed = [not torch.equal(p, q) for p, q in zip(weights(tmp_path), weights(toy_run), strict=True)]
+    assert sum(changed) > len(changed) / 2
+
+
+def test_problems_without_a_chain_of_thought_are_refused(tmp_path, toy_run):
+    rows = [{"item_id": "a", "question": "What is 1 + 1?", "answer_value": "2"}] * 2
+    file = tmp_path / "train.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    flags = {
+        "model": str(toy_run),
+        "task": "gsm8k",
+        "data": str(file),
+        "test_data": str(file),
+        "out": str(tmp_path / "o"),
+    }
+    with pytest.raises(DataError, match="chain of thought"):
+        warmup.main(warmup.Config(**flags))
+    assert not (tmp_path / "o").exists()
+
+
+def test_end_to_end_reinforcement_learns_which_reasoning_pays(tmp_path):
+    """The main job, shortened: RL with skipped layers makes much more of a warm-up that imitates both annotators."""
+    supervised = warmup.main(warmup.Config(out=str(tmp_path / "warmup"), steps=1000))
+    flags = {"model": str(tmp_path / "warmup"), "skip_ratio": 0.25, "steps": 12, "lr": 2e-4}
+    reinforced = rl.main(rl.Config(out=str(tmp_path / "rl"), **flags))
+    assert reinforced["greedy_accuracy"] > supervised["greedy_accuracy"] + 0.15
+    records = read_metrics(tmp_path / "rl")
+    assert all(0 < record["kl_behav"] < 0.3 for record in records)
+    assert all(len(record["skipped_layers"]) == 2 for record in records)
