@@ -138,11 +138,12 @@ def read_metrics(run: str | Path) -> list[dict]:
 
 
 def new_figure(panels: int, width: float = 4.0):
-    """A row of panels that is drawn into a file; needs no screen."""
+    """Panels in rows of three, drawn into a file; needs no screen."""
     from matplotlib.figure import Figure  # half a second that a run without a figure does not pay
 
-    figure = Figure(figsize=(width * panels, 3.2), layout="constrained")
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
+    columns, rows = min(panels, 3), -(-panels // 3)
+    figure = Figure(figsize=(width * columns, 2.6 * rows), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def draw_curves(run: Path, keys: tuple[str, ...]):
@@ -150,17 +151,19 @@ def draw_curves(run: Path, keys: tuple[str, ...]):
     records = read_metrics(run)
     keys = tuple(key for key in keys if any(key in record for record in records))
     figure, panels = new_figure(len(keys))
-    for panel, key in zip(panels, keys, strict=True):
+    for panel in panels[len(keys) :]:
+        panel.set_visible(False)
+    for panel, key in zip(panels, keys, strict=False):
         points = [(record["step"], record[key]) for record in records if key in record]
         panel.plot(*zip(*points, strict=True), marker="." if len(points) < 100 else "")
         panel.set(xlabel="step", title=key.replace("_", " "))
         panel.grid(alpha=0.3)
-    figure.savefig(run / "curves.png", dpi=120)
+    figure.savefig(run / "curves.png", dpi=110)
 
 
 def draw_results(config: Config, results: list[dict]):
     """evaluation.png: greedy accuracy with its interval beside maj@k and pass@k of every run."""
-    figure, (panel,) = new_figure(1, width=max(5.0, 1.6 * len(results) + 2))
+    figure, (panel,) = new_figure(1, width=max(6.0, 1.6 * len(results) + 2))
     kinds = ["greedy", *(f"{kind}@{config.samples}" for kind in ("maj", "pass") if config.samples)]
     for j, kind in enumerate(kinds):
         heights = [result["greedy_accuracy"] if kind == "greedy" else result[kind] for result in results]

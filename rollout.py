@@ -20,7 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -71,6 +73,11 @@ def prompt_seeds(seed: int, count: int) -> list[int]:
     return np.random.SeedSequence(seed).generate_state(count, np.uint64).tolist()
 
 
+def uniforms(seed: int, sample_index: int, count: int) -> Tensor:
+    """The noise of one completion: (count,) float64 in [0, 1), one number a position."""
+    return torch.from_numpy(np.random.default_rng((seed, sample_index)).random(count))
+
+
 @torch.no_grad()
 def sample(
     model: Decoder,
@@ -100,23 +107,18 @@ def sample(
     eos = torch.tensor([eos_id] if isinstance(eos_id, int) else eos_id, dtype=torch.int64, device=device)
 
     N, T = len(prompts) * num_samples, longest + max_new_tokens
-    tokens = torch.full((N, T), pad_id)
-    for i, prompt in enumerate(prompts):
-        tokens[i * num_samples : (i + 1) * num_samples, : len(prompt)] = torch.tensor(prompt)
-    tokens = tokens.to(device)
-    logp_behav = torch.zeros(
-        N, T - 1, dtype=torch.promote_types(model.embed.weight.dtype, torch.float32), device=device
-    )
+    tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True, padding_value=pad_id)
+    tokens = F.pad(tokens, (0, max_new_tokens), value=pad_id).repeat_interleave(num_samples, 0).to(device)  # (N, T)
+    dtype = torch.promote_types(model.embed.weight.dtype, torch.float32)
+    logp_behav = torch.zeros(N, T - 1, dtype=dtype, device=device)
     prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(num_samples)
     lengths = prompt_lens + max_new_tokens  # until EOS says otherwise
     finished = torch.zeros(N, dtype=torch.bool, device=device)
 
     by_length = prompt_lens.argsort(stable=True)  # a pass over rows of like length has little padding
     for alive in by_length.split(max_rows or N):  # (R,): the rows of this pass that still run
-        noise = [np.random.default_rng((seeds[r // num_samples], r % num_samples)) for r in alive.tolist()]
-        noise = torch.from_numpy(np.stack([rng.random(max_new_tokens) for rng in noise])).to(
-            device
-        )  # (R, max_new_tokens)
+        noise = [uniforms(seeds[n // num_samples], n % num_samples, max_new_tokens) for n in alive.tolist()]
+        noise = torch.stack(noise).to(device)  # (R, max_new_tokens)
         column = prompt_lens[alive]  # (R,): where the next token goes
         width = int(column.max())
         hidden, cache = prefill(model, tokens[:, :width], alive, column, num_samples, max_new_tokens, skip)

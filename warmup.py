@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -203,7 +204,7 @@ def collate(examples: list[tuple[list[int], list[int]]], device) -> tuple[Tensor
     lengths = torch.tensor([len(prompt) + len(completion) for prompt, completion in examples], device=device)
     starts = torch.tensor([len(prompt) for prompt, _ in examples], device=device)
     rows = [torch.tensor(prompt + completion) for prompt, completion in examples]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+    tokens = pad_sequence(rows, batch_first=True).to(device)
     column = torch.arange(1, tokens.shape[1], device=device)
     return tokens, lengths, (column >= starts[:, None]) & (column < lengths[:, None])
 
