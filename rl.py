@@ -16,6 +16,7 @@ Departures from Nested-ReFT: its code is not public and the names of the correct
 """
 
 import copy
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from evaluate import draw_curves, evaluate, report
 from model import Decoder, load, sample_skip, write_json
 from reward import DataError, load_problems
-from rollout import check, encode_prompts, flag, grade, run_script, sample, token_logp
+from rollout import Rollout, check, encode_prompts, exact_kl_behav, flag, grade, run_script, sample, token_logp
 from warmup import (
     TrainConfig,
     append_record,
@@ -40,7 +41,7 @@ from warmup import (
     start_run,
 )
 
-CORRECTIONS = ("none", "ratio", "truncated")
+CORRECTIONS = ("none", "ratio", "truncated", "retrace", "prefix")
 TOY = {"steps": 40, "rollout_batch": 128, "minibatch": 64, "lr": 1e-4, "kl_coef": 0.01, "value_coef": 0.1}
 PRETRAINED = {
     "steps": 1000,
@@ -62,6 +63,9 @@ class Config(TrainConfig):
     steps: int | None = flag(None, "rollout batches (toy: 40, else 1000)")
     skip_ratio: float = flag(0.0, "share of the layers that the behavior model skips; 0 is plain ReFT")
     correction: str = flag("truncated", f"importance-ratio correction: {', '.join(CORRECTIONS)}")
+    target_kl_behav: float | None = flag(
+        None, "adapt the number of skipped layers so that KL(mu||pi) per token stays near"
+    )
     cap: float = flag(2.0, "upper bound C of the truncated weights pi_old / mu")
     rollout_batch: int | None = flag(None, "completions of one batch (toy: 128, else 32)")
     samples: int = flag(1, "completions a prompt; divides --rollout-batch")
@@ -79,6 +83,8 @@ class Config(TrainConfig):
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if self.correction == "prefix":
+            self.lam = 1.0  # else its traces would not carry the reward back unbiased
         super().__post_init__()
         check(self, "correction", self.correction in CORRECTIONS, f"one of {', '.join(CORRECTIONS)}")
         for name in ("steps", "samples", "ppo_epochs", "minibatch", "rollout_batch"):
@@ -88,6 +94,7 @@ class Config(TrainConfig):
         for name in ("gamma", "lam"):
             check(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         check(self, "cap", self.cap > 0, "above 0")
+        check(self, "target_kl_behav", self.target_kl_behav is None or self.target_kl_behav > 0, "above 0")
         check(self, "clip", self.clip > 0, "above 0")
         check(self, "skip_ratio", 0 <= self.skip_ratio < 1, "at least 0 and below 1")
         check(
@@ -117,7 +124,11 @@ def main(config: Config) -> dict:
     out = start_run(config)
     (out / "samples.txt").write_text("")
 
-    seconds, updates = 0.0, 0
+    if config.correction == "prefix":
+        print("--correction prefix: lam is 1, as its theorem needs")
+    num_layers = len(model.layers)
+    level = config.skip_ratio * num_layers  # layers to skip; moves only with --target-kl-behav
+    seconds, updates, warned = 0.0, 0, False
     bar = tqdm(range(1, config.steps + 1), desc="rl", unit="batch")
     for step in bar:
         # 1. problems, and a new skip mask for every batch
@@ -126,7 +137,7 @@ def main(config: Config) -> dict:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         chosen = batch_indices(config.seed, step, config.rollout_batch // config.samples, len(problems))
         batch = [problems[i] for i in chosen]
-        skip = sample_skip(len(model.layers), config.skip_ratio, generator)
+        skip = sample_skip(num_layers, round(level) / num_layers, generator)
 
         # 2. completions from the nested behavior model mu
         rollout = sample(
@@ -141,8 +152,6 @@ def main(config: Config) -> dict:
             max_rows=config.max_rows,
         )
         tokens, lengths, mask, logp_behav = rollout.tokens, rollout.lengths, rollout.action_mask, rollout.logp_behav
-        if not logp_behav.isfinite().all():
-            raise FloatingPointError("logp_behav is not finite: the importance ratios would be meaningless")
         rollout_seconds = time.perf_counter() - started
 
         # 3. rewards, at the last token of each completion
@@ -153,13 +162,13 @@ def main(config: Config) -> dict:
         # 4. the full model: log pi_old, V_old and log pi_ref of every sampled token
         update_started = time.perf_counter()
         with torch.no_grad():
-            logp_old, values_old, entropy = score_actions(model, tokens, lengths, mask, config.micro_batch)
-            logp_ref, _, _ = score_actions(reference, tokens, lengths, mask, config.micro_batch)
+            logp_old, values_old, entropy, kl_behav = score_actions(model, rollout, config.micro_batch, skip)
+            logp_ref, *_ = score_actions(reference, rollout, config.micro_batch)
 
         # 5. penalised rewards, advantages, returns
         kl_ref = logp_old - logp_ref  # (N, T-1)
         rewards = rewards - config.kl_coef * kl_ref  # eq. (4)
-        _, trace = correction_terms(config.correction, logp_old, logp_behav, config.cap)
+        _, trace = correction_terms(config.correction, logp_old, logp_behav, mask, config.cap)
         advantages, returns = gae(rewards, values_old, mask, config.gamma, config.lam, trace)  # eqs. (5)-(7)
         advantages = whiten(advantages, mask)  # after the returns, which keep their scale
 
@@ -176,7 +185,7 @@ def main(config: Config) -> dict:
                     mb_old, mb_behav, mb_values_old, mb_advantages, mb_returns = (
                         x[b, : T - 1] for x in (logp_old, logp_behav, values_old, advantages, returns)
                     )
-                    logp_new, values, _ = action_stats(model, mb_tokens, mb_mask)
+                    logp_new, values, *_ = action_stats(model, mb_tokens, mb_mask)
                     pg_loss = policy_loss(
                         logp_new, mb_old, mb_behav, mb_advantages, mb_mask,
                         config.clip, config.correction, config.cap, denominator,
@@ -192,7 +201,6 @@ def main(config: Config) -> dict:
                 grad_norms.append(optimizer_step(model, optimizer, config.lr * min(1, updates / LR_RAMP)))
 
         # 7. records: every number is a masked mean over the whole batch
-        log_rho = logp_old - logp_behav  # (N, T-1)
         policy_total, value_total, clipped_total, token_total = totals.tolist()
         now = time.perf_counter()
         seconds += now - started
@@ -204,10 +212,7 @@ def main(config: Config) -> dict:
             "length": (lengths - rollout.prompt_lens).double().mean().item(),
             "finished": rollout.finished.double().mean().item(),
             "kl_ref": masked_mean(kl_ref, mask).item(),
-            "kl_behav": -masked_mean(log_rho, mask).item(),
-            "log_ratio_min": log_rho[mask].min().item(),
-            "log_ratio_mean": masked_mean(log_rho, mask).item(),
-            "log_ratio_max": log_rho[mask].max().item(),
+            **mismatch(logp_old, logp_behav, kl_behav, mask, config.cap, final_reward),
             "clip_fraction": clipped_total / token_total,
             "explained_variance": explained_variance(values_old, returns, mask),
             "entropy": masked_mean(entropy, mask).item(),
@@ -219,6 +224,14 @@ def main(config: Config) -> dict:
             "rollout_seconds": rollout_seconds,
             "update_seconds": now - update_started,
         }
+        if not warned and (record["kl_behav"] > 0.05 or record["token_sample_size"] < 0.5):
+            warned = True
+            tqdm.write(
+                f"warning: at step {step} KL(mu||pi) is {record['kl_behav']:.3f} per token and the token sample size "
+                f"{record['token_sample_size']:.2f}: lower --skip-ratio, or warm up with --layer-dropout"
+            )
+        if config.target_kl_behav is not None:
+            level = next_level(level, record["kl_behav"], config.target_kl_behav, num_layers)
         if config.eval_every and step % config.eval_every == 0:
             record["greedy_accuracy"] = evaluate(model, tokenizer, eos_ids, test_problems, config)["greedy_accuracy"]
         append_record(out, record)
@@ -270,17 +283,25 @@ def gae(
     return advantages, returns
 
 
-def correction_terms(correction: str, logp_old: Tensor, logp_behav: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def correction_terms(
+    correction: str, logp_old: Tensor, logp_behav: Tensor, mask: Tensor, cap: float
+) -> tuple[Tensor, Tensor]:
     """Weight w_t of eq. (9) and trace c_t of eqs. (6) and (7), (N, T-1) each; constants in the gradient.
 
-    rho_t = pi_old(a_t|s_t) / mu(a_t|s_t). The names are ours: the abstract of Nested-ReFT speaks of three variants of bias
-    mitigation, and no code is public.
+    With rho_t = pi_old(a_t|s_t) / mu(a_t|s_t). The names are ours: the abstract of Nested-ReFT speaks of three variants of
+    bias mitigation, and no code is public. Only `prefix` is unbiased (lam = 1, no whitening, first update of a batch).
     """
-    rho = (logp_old - logp_behav).exp().detach()  # (N, T-1); 1 where no token was sampled
+    if logp_behav is None or not logp_behav[mask].isfinite().all():
+        raise FloatingPointError("logp_behav is missing or not finite: without log mu there are no importance ratios")
+    rho = torch.where(mask, logp_old - logp_behav, 0.0).exp().detach()  # (N, T-1)
     one = torch.ones_like(rho)
-    if correction in ("none", "ratio"):
-        return one, one
-    return rho.clamp(max=cap), one  # truncated
+    return {
+        "none": (one, one),  # control: mu is ignored
+        "ratio": (one, one),  # pi_theta / mu stands in eq. (8) instead
+        "truncated": (rho.clamp(max=cap), one),  # bounded variance
+        "retrace": (rho.clamp(max=cap), rho.clamp(max=1)),  # also repairs the continuation inside the advantage
+        "prefix": (rho.cumprod(1), rho),  # prod_{i<=t} rho_i: also repairs how often mu comes to s_t
+    }[correction]
 
 
 def importance_ratio(logp_new: Tensor, logp_old: Tensor, logp_behav: Tensor, correction: str) -> Tensor:
@@ -300,7 +321,7 @@ def policy_loss(
     denominator: Tensor | float,
 ) -> Tensor:
     """Clipped surrogate of eq. (9), a scalar. Tensors (N, T-1); denominator: the tokens of the whole optimizer step."""
-    weight, _ = correction_terms(correction, logp_old, logp_behav, cap)  # (N, T-1)
+    weight, _ = correction_terms(correction, logp_old, logp_behav, mask, cap)  # (N, T-1)
     ratio = importance_ratio(logp_new, logp_old, logp_behav, correction)  # (N, T-1)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)  # (N, T-1)
     return -(weight * surrogate * mask).sum() / denominator  # eq. (9)
@@ -318,29 +339,69 @@ def value_loss(
 # ---- helpers --------------------------------------------------------------------------------------------------------
 
 
-def action_stats(model: Decoder, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log pi(a_t|s_t), V_phi(s_t) and the entropy of pi(.|s_t) under the full model, (N, T-1) each, 0 outside the mask.
+def action_stats(model: Decoder, tokens: Tensor, mask: Tensor, skip: Tensor | None = None) -> tuple[Tensor, ...]:
+    """log pi(a_t|s_t), V_phi(s_t), the entropy of pi(.|s_t) and KL(mu||pi) at s_t, (N, T-1) each, 0 outside the mask.
 
-    tokens: (N, T); mask: (N, T-1). Logits are made for actions only: none for prompts, none for padding.
+    tokens: (N, T); mask: (N, T-1); skip: the mask of mu, None where no KL is asked for. Logits are made for actions only:
+    none for prompts, none for padding. Gradients flow through the first two.
     """
     hidden = model(tokens)[:, :-1][mask]  # (actions, d)
     logits = model.logits(hidden)  # (actions, vocab)
     logp = token_logp(logits, tokens[:, 1:][mask])  # (actions,)
     with torch.no_grad():
-        log_pi = logits.log_softmax(-1)
+        log_pi = logits.log_softmax(-1)  # (actions, vocab)
         entropy = -(log_pi.exp() * log_pi).sum(-1)  # (actions,)
-    return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (logp, model.values(hidden), entropy))
+        kl_behav = exact_kl_behav(model, tokens, mask, skip, log_pi)  # (actions,)
+    columns = (logp, model.values(hidden), entropy, kl_behav)
+    return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in columns)
 
 
-def score_actions(model: Decoder, tokens: Tensor, lengths: Tensor, mask: Tensor, micro_batch: int) -> list[Tensor]:
+def score_actions(model: Decoder, rollout: Rollout, micro_batch: int, skip: Tensor | None = None) -> tuple[Tensor, ...]:
     """`action_stats` of a whole batch, rows of like length together."""
-    outs = []
-    for rows, T in micro_batches(lengths, micro_batch):
-        for i, x in enumerate(action_stats(model, tokens[rows, :T], mask[rows, : T - 1])):
-            if len(outs) <= i:
-                outs.append(x.new_zeros(mask.shape))
-            outs[i][rows, : T - 1] = x
+    outs = tuple(torch.zeros_like(rollout.logp_behav) for _ in range(4))
+    for rows, T in micro_batches(rollout.lengths, micro_batch):
+        parts = action_stats(model, rollout.tokens[rows, :T], rollout.action_mask[rows, : T - 1], skip)
+        for out, part in zip(outs, parts, strict=True):
+            out[rows, : T - 1] = part
     return outs
+
+
+def mismatch(
+    logp_old: Tensor, logp_behav: Tensor, kl_behav: Tensor, mask: Tensor, cap: float, reward: Tensor
+) -> dict[str, float]:
+    """How far mu is from pi_old in this batch, raw: before any cap. Tensors (N, T-1), reward (N,).
+
+    A share of effective samples is (E w)^2 / E w^2 over tokens (w = rho_t) or completions (w = prod rho_t).
+    """
+    log_rho = torch.where(mask, logp_old - logp_behav, 0.0).double()  # (N, T-1)
+    rho, sequence = log_rho[mask].exp(), log_rho.sum(1).exp()  # (tokens,), (N,)
+    p1, p50, p99 = torch.quantile(log_rho[mask], log_rho.new_tensor([0.01, 0.5, 0.99])).tolist()
+    return {
+        "kl_behav": masked_mean(kl_behav, mask).item(),  # exact, over the whole vocabulary
+        "kl_behav_k1": -log_rho[mask].mean().item(),
+        "kl_behav_k3": (rho - 1 - log_rho[mask]).mean().item(),
+        "log_ratio_min": log_rho[mask].min().item(),
+        "log_ratio_p1": p1,
+        "log_ratio_p50": p50,
+        "log_ratio_p99": p99,
+        "log_ratio_max": log_rho[mask].max().item(),
+        "log_ratio_mean": log_rho[mask].mean().item(),
+        "above_cap": (rho > cap).double().mean().item(),
+        "token_sample_size": (rho.mean() ** 2 / (rho**2).mean()).item(),
+        "sequence_sample_size": (sequence.mean() ** 2 / (sequence**2).mean()).item(),
+        "retrace_trace": rho.clamp(max=1).mean().item(),
+        "reward_under_pi": ((sequence * reward).sum() / sequence.sum()).item(),  # importance-weighted estimate
+    }
+
+
+def next_level(level: float, kl_behav: float, target: float, num_layers: int) -> float:
+    """--target-kl-behav: the number of layers to skip next, a real number that is rounded when the mask is drawn.
+
+    Half a layer up or down at most, by the logarithm of target / KL, so that the geometric mean of the KL comes to rest at
+    the target. Without skipped layers KL is 0 and the level rises.
+    """
+    error = math.log(target / max(kl_behav, 1e-9))
+    return min(max(level + 0.5 * min(max(error, -1.0), 1.0), 0.0), num_layers - 3.0)
 
 
 def is_clipped(ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:

@@ -295,10 +295,10 @@ def main(config: Config) -> list[dict]:
             )
             seconds = time.perf_counter() - started
             _, rewards = grade(rollout, problems, tokenizer, config.task)
-            kl = kl_behav(model, rollout, config.max_rows)
+            kl = exact_kl_behav(model, rollout.tokens, rollout.action_mask, skip).sum().item()
             if round_ > 0:  # the first round warms up
                 count = int(rollout.action_mask.sum())
-                sums[ratio] += torch.tensor([seconds, count, kl * count, (rewards == 1).sum()], dtype=torch.float64)
+                sums[ratio] += torch.tensor([seconds, count, kl, (rewards == 1).sum()], dtype=torch.float64)
     results = []
     for ratio, (seconds, tokens, kl, right) in ((ratio, total.tolist()) for ratio, total in sums.items()):
         skipped = round(ratio * layers)
@@ -315,16 +315,20 @@ def main(config: Config) -> list[dict]:
 
 
 @torch.no_grad()
-def kl_behav(model: Decoder, rollout: Rollout, max_rows: int) -> float:
-    """KL(mu || pi) per token at the states that mu visited, exact over the vocabulary."""
-    total = 0.0
-    for rows in torch.arange(len(rollout.tokens), device=rollout.tokens.device).split(max_rows):
-        tokens, mask = rollout.tokens[rows], rollout.action_mask[rows]
-        log_mu, log_pi = (
-            model.logits(model(tokens, skip)[:, :-1][mask]).log_softmax(-1) for skip in (rollout.skip, None)
-        )  # (actions, vocab)
-        total += (log_mu.exp() * (log_mu - log_pi)).sum().item()
-    return total / int(rollout.action_mask.sum())
+def exact_kl_behav(
+    model: Decoder, tokens: Tensor, mask: Tensor, skip: Tensor | None, log_pi: Tensor | None = None
+) -> Tensor:
+    """KL(mu || pi) at every state that mu visited, exact over the vocabulary, (actions,).
+
+    tokens: (N, T); mask: (N, T-1); log_pi: (actions, vocab) of the full model where it is known already.
+    """
+    if skip is None or not skip.any():
+        dtype = torch.promote_types(model.embed.weight.dtype, torch.float32)
+        return torch.zeros(int(mask.sum()), dtype=dtype, device=tokens.device)
+    if log_pi is None:
+        log_pi = model.logits(model(tokens)[:, :-1][mask]).log_softmax(-1)  # (actions, vocab)
+    log_mu = model.logits(model(tokens, skip)[:, :-1][mask]).log_softmax(-1)  # (actions, vocab)
+    return (log_mu.exp() * (log_mu - log_pi)).sum(-1)
 
 
 def draw_ratios(out: Path, results: list[dict]):

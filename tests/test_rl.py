@@ -156,7 +156,7 @@ def test_eos_gets_a_gradient_and_padding_none(batch):
     hidden = model(tokens)
     hidden.retain_grad()
     model.forward = lambda *_: hidden
-    logp, values, _ = rl.action_stats(model, tokens, mask)
+    logp, values, *_ = rl.action_stats(model, tokens, mask)
     A = torch.ones_like(logp)
     loss = policy_loss(logp, logp.detach(), logp.detach(), A, mask, 0.2, "none", 2.0, 1)
     (loss + value_loss(values, values.detach(), A, mask, 0.2, 1)).backward()
@@ -167,7 +167,7 @@ def test_eos_gets_a_gradient_and_padding_none(batch):
 
 def test_action_stats_are_the_log_softmax_of_the_full_model(batch):
     model, tokens, mask = batch
-    logp, values, entropy = rl.action_stats(model, tokens, mask)
+    logp, values, entropy, _ = rl.action_stats(model, tokens, mask)
     log_pi = model.logits(model(tokens)).log_softmax(-1)[:, :-1]
     expected = log_pi.gather(-1, tokens[:, 1:, None]).squeeze(-1) * mask
     assert (logp - expected).abs().max() < 1e-12

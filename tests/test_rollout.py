@@ -6,7 +6,7 @@ from families import CONFIGS, random_hf_model
 
 from model import Decoder, load
 from reward import Problem
-from rollout import Rollout, draw, grade, kl_behav, prompt_seeds, sample, token_logp
+from rollout import Rollout, draw, exact_kl_behav, grade, prompt_seeds, sample, token_logp
 
 INNER = torch.tensor([False, True, False, False])
 PROMPTS = [torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 9, 3, 12)]
@@ -138,11 +138,15 @@ def test_a_cut_completion_earns_nothing(toy_run):
     assert rewards.tolist() == [1.0, 0.0] and texts[0] == texts[1]
 
 
-def test_kl_behav_is_zero_without_skip_and_positive_with(decoder):
-    assert kl_behav(decoder, run(decoder), 5) == 0
-    nested = run(decoder, skip=INNER)
-    assert kl_behav(decoder, nested, 5) > 0
-    assert abs(kl_behav(decoder, nested, 5) - kl_behav(decoder, nested, 64)) < 1e-12
+def test_kl_behav_is_exact_over_the_vocabulary(decoder):
+    full, nested = run(decoder), run(decoder, skip=INNER)
+    assert (exact_kl_behav(decoder, full.tokens, full.action_mask, None) == 0).all()
+    with torch.no_grad():
+        log_mu = decoder.logits(decoder(nested.tokens, INNER))[:, :-1].log_softmax(-1)
+        log_pi = decoder.logits(decoder(nested.tokens))[:, :-1].log_softmax(-1)
+    expected = torch.nn.functional.kl_div(log_pi, log_mu, reduction="none", log_target=True).sum(-1)  # KL(mu || pi)
+    kl = exact_kl_behav(decoder, nested.tokens, nested.action_mask, INNER)
+    assert (kl - expected[nested.action_mask]).abs().max() < 1e-12 and (kl > 0).all()
 
 
 def test_prompts_beyond_the_context_are_refused(decoder):
