@@ -116,7 +116,7 @@ def main(config: Config) -> dict:
     test_problems = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
     model, tokenizer, eos_ids = load(config.model, config.device, config.dtype)
     reference = copy.deepcopy(model).requires_grad_(False)  # pi_theta^(0)
-    optimizer = make_optimizer(model, weight_decay=0.0)
+    optimizer = make_optimizer(model)
     # what cannot work is refused before anything is written
     sample_skip(len(model.layers), config.skip_ratio)
     prompts = encode_prompts(problems, tokenizer, model, config.max_new_tokens)

@@ -26,8 +26,9 @@ from model import Decoder, load, pick_device, sample_skip, write_json
 from reward import DataError, Problem, load_problems, make_prompt, make_target
 from rollout import SharedConfig, check, encode_prompts, flag, run_script, token_logp
 
-TOY = {"batch": 32, "lr": 4e-3, "weight_decay": 0.1, "layer_dropout": 0.5, "epochs": 0.85}
-PRETRAINED = {"batch": 48, "lr": 1e-5, "weight_decay": 0.0, "layer_dropout": 0.0, "epochs": 2.0}  # ReFT, section 4.3
+TOY = {"batch": 32, "lr": 4e-3, "beta2": 0.95, "weight_decay": 0.1, "layer_dropout": 0.5, "epochs": 1.0}
+# ReFT, section 4.3
+PRETRAINED = {"batch": 48, "lr": 1e-5, "beta2": 0.999, "weight_decay": 0.0, "layer_dropout": 0.0, "epochs": 2.0}
 DROPPED_SHARE = 0.25  # layer dropout leaves out a quarter of the layers
 
 
@@ -58,9 +59,10 @@ class Config(TrainConfig):
     )
     out: str = flag("runs/warmup", "directory of the run")
     steps: int | None = flag(None, "optimizer steps (default: as many as --epochs needs)")
-    epochs: float | None = flag(None, "passes over the problems (toy: 0.85, pretrained: 2)")
+    epochs: float | None = flag(None, "passes over the problems (toy: 1, pretrained: 2)")
     batch: int | None = flag(None, "problems of one optimizer step (toy: 32, pretrained: 48)")
     lr: float | None = flag(None, "peak learning rate; it falls linearly to 0 (toy: 4e-3, pretrained: 1e-5)")
+    beta2: float | None = flag(None, "AdamW decay of the squared gradient (toy: 0.95, pretrained: 0.999)")
     weight_decay: float | None = flag(None, "AdamW weight decay of the matrices (toy: 0.1, pretrained: 0)")
     layer_dropout: float | None = flag(None, "share of batches with random layers left out (toy: 0.5, pretrained: 0)")
 
@@ -73,6 +75,8 @@ class Config(TrainConfig):
         check(self, "epochs", self.epochs > 0, "above 0")
         check(self, "batch", self.batch >= 1, "at least 1")
         check(self, "lr", self.lr >= 0, "at least 0")
+        check(self, "beta2", 0 <= self.beta2 < 1, "at least 0 and below 1")
+        check(self, "weight_decay", self.weight_decay >= 0, "at least 0")
         check(self, "layer_dropout", 0 <= self.layer_dropout <= 1, "between 0 and 1")
         check(self, "task", self.model is not None or self.task == "toy", "toy unless --model names a pretrained model")
 
@@ -93,7 +97,7 @@ def main(config: Config) -> dict:
         model, tokenizer, eos_ids = load(config.model, config.device, config.dtype)
     examples = encode_examples(problems, tokenizer, model, eos_ids[0], config.engine)
     encode_prompts(test_problems, tokenizer, model, config.max_new_tokens)  # too long? now, not after the training
-    optimizer = make_optimizer(model, config.weight_decay)
+    optimizer = make_optimizer(model, config.weight_decay, config.beta2)
     steps = config.steps or max(1, round(config.epochs * len(problems) / config.batch))
     out = start_run(config)
 
@@ -173,7 +177,7 @@ def toy_model(config: Config, problems: list[Problem]) -> tuple[Decoder, PreTrai
             num_attention_heads=4,
             intermediate_size=192,
             max_position_embeddings=256,
-            initializer_range=0.06,
+            initializer_range=0.12,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
@@ -226,12 +230,12 @@ def micro_batches(lengths: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
         yield rows, int(lengths[rows[-1]])
 
 
-def make_optimizer(model: Decoder, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(model: Decoder, weight_decay: float = 0.0, beta2: float = 0.999) -> torch.optim.AdamW:
     """AdamW over fp32 (or float64) master weights; biases and norms do not decay."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, beta2), fused=True)
 
 
 def optimizer_step(model: Decoder, optimizer: torch.optim.Optimizer, lr: float, max_norm: float = 1.0) -> float:
