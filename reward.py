@@ -396,8 +396,8 @@ def toy_problems(split: str, limit: int | None, engine: str) -> list[Problem]:
     """Gains and losses in words: 2-4 steps, every running total in 0..20, the same problems in every run.
 
     A hash of the numbers of a problem says which split it belongs to: no two splits share a sequence of numbers. Each
-    question has one annotated chain of thought, and annotators differ at random: half write every step, half jump to
-    the answer.
+    question has one annotated chain of thought, and annotators differ: half of all chains write every step, half jump to
+    the answer. Things have their annotators and annotators their habits: three of four, one way or the other.
     """
     size = TOY_SIZES[split] if limit is None else limit
     if size > TOY_SIZES[split]:
@@ -411,8 +411,9 @@ def toy_problems(split: str, limit: int | None, engine: str) -> list[Problem]:
         steps = [after - before for before, after in itertools.pairwise(totals)]
         name, pronoun = rng.choice(TOY_PEOPLE)
         *events, last = (f"{rng.choice(TOY_GAINS if step > 0 else TOY_LOSSES)} {abs(step)}" for step in steps)
-        question = f"{name} has {totals[0]} {rng.choice(TOY_THINGS)}. {pronoun} {', '.join(events)} and {last}."
-        cot = toy_cot(totals, rng.random() < 0.5, engine)
+        thing = rng.randrange(len(TOY_THINGS))
+        question = f"{name} has {totals[0]} {TOY_THINGS[thing]}. {pronoun} {', '.join(events)} and {last}."
+        cot = toy_cot(totals, rng.random() < (0.75 if thing % 2 else 0.25), engine)
         home = {0: "test", 1: "validation"}.get(zlib.crc32(bytes(totals)) % 10, "train")
         if home == split:
             problems.setdefault(question, Problem(f"{question} How many now?", cot, str(totals[-1])))

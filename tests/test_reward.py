@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from reward import (
     TASKS,
     TOY_SIZES,
+    TOY_THINGS,
     DataError,
     Problem,
     extract_answer,
@@ -189,17 +190,6 @@ def test_any_thread_scores():
     for thread in threads:
         thread.join()
     assert rewards == [1.0] * 4
-
-
-def test_plain_completions_are_scored_fast():
-    completion = "She sells 16 - 3 - 4 = 9 eggs a day.\nSo she makes 9 * 2 = $18 a day.\nTherefore, the answer is: 18"
-    best = 1.0
-    for _ in range(10):
-        start = time.process_time()
-        for _ in range(200):
-            score(completion, "18", "gsm8k")
-        best = min(best, (time.process_time() - start) / 200)
-    assert best < 1 / 25_000, "half of the 50,000 completions a second that reward.py promises, for slow machines"
 
 
 # ---- prompts and data ------------------------------------------------------------------------------------------------
@@ -480,9 +470,12 @@ def test_toy_splits_share_no_sequence_of_numbers_and_no_question(toy):
         assert len({problem.question for problem in problems}) == len(problems)
 
 
-def test_toy_annotators_differ_at_random(toy):
+def test_toy_annotators_differ_and_things_have_their_own(toy):
     jumps = [problem.cot.startswith("That makes") for problem in toy["train"]]
     assert 0.49 < sum(jumps) / len(jumps) < 0.51
+    for k, thing in enumerate(TOY_THINGS):
+        some = [jump for jump, problem in zip(jumps, toy["train"], strict=True) if f" {thing}." in problem.question]
+        assert abs(sum(some) / len(some) - (0.25 if k % 2 else 0.75)) < 0.03
     for steps in (2, 3, 4):  # how they write does not tell how long the problem is
         some = [
             jump
