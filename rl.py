@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from evaluate import draw_curves, evaluate, report
 from model import Decoder, load, sample_skip, write_json
-from reward import DataError, load_problems
+from reward import DataError, Problem, load_problems
 from rollout import Rollout, check, encode_prompts, exact_kl_behav, flag, grade, run_script, sample, token_logp
 from warmup import (
     TrainConfig,
@@ -42,15 +42,9 @@ from warmup import (
 )
 
 CORRECTIONS = ("none", "ratio", "truncated", "retrace", "prefix")
+# value_coef stands before the 1/2 of eq. (10), as in ReFT
 TOY = {"steps": 40, "rollout_batch": 128, "minibatch": 64, "lr": 1e-4, "kl_coef": 0.01, "value_coef": 0.1}
-PRETRAINED = {
-    "steps": 1000,
-    "rollout_batch": 32,
-    "minibatch": 32,
-    "lr": 3e-7,
-    "kl_coef": 0.05,
-    "value_coef": 5.0,
-}  # ReFT
+PRETRAINED = {"steps": 1000, "rollout_batch": 32, "minibatch": 32, "lr": 3e-7, "kl_coef": 0.05, "value_coef": 5.0}
 LR_RAMP = 10  # optimizer steps until the learning rate is constant
 
 
@@ -128,7 +122,8 @@ def main(config: Config) -> dict:
         print("--correction prefix: lam is 1, as its theorem needs")
     num_layers = len(model.layers)
     level = config.skip_ratio * num_layers  # layers to skip; moves only with --target-kl-behav
-    seconds, updates, warned = 0.0, 0, False
+    updates_a_batch = config.ppo_epochs * math.ceil(config.rollout_batch / config.minibatch)
+    seconds, warned = 0.0, False
     bar = tqdm(range(1, config.steps + 1), desc="rl", unit="batch")
     for step in bar:
         # 1. problems, and a new skip mask for every batch
@@ -173,35 +168,10 @@ def main(config: Config) -> dict:
         advantages = whiten(advantages, mask)  # after the returns, which keep their scale
 
         # 6. PPO: several passes over the batch
-        totals = torch.zeros(4, dtype=torch.float64)  # policy loss, value loss, clipped tokens, tokens
-        grad_norms = []
-        for _ in range(config.ppo_epochs):
-            order = torch.randperm(len(tokens), generator=generator).to(tokens.device)
-            for rows in order.split(config.minibatch):
-                denominator = int(mask[rows].sum())  # of the whole optimizer step: the micro-batch size changes nothing
-                for part, T in micro_batches(lengths[rows], config.micro_batch):
-                    b = rows[part]
-                    mb_tokens, mb_mask = tokens[b, :T], mask[b, : T - 1]
-                    mb_old, mb_behav, mb_values_old, mb_advantages, mb_returns = (
-                        x[b, : T - 1] for x in (logp_old, logp_behav, values_old, advantages, returns)
-                    )
-                    logp_new, values, *_ = action_stats(model, mb_tokens, mb_mask)
-                    pg_loss = policy_loss(
-                        logp_new, mb_old, mb_behav, mb_advantages, mb_mask,
-                        config.clip, config.correction, config.cap, denominator,
-                    )  # fmt: skip
-                    v_loss = value_loss(values, mb_values_old, mb_returns, mb_mask, config.clip, denominator)
-                    loss = pg_loss + config.value_coef * v_loss  # eq. (11)
-                    loss.backward()
-                    ratio = importance_ratio(logp_new.detach(), mb_old, mb_behav, config.correction)
-                    clipped = is_clipped(ratio, mb_advantages, config.clip) & mb_mask
-                    sums = [pg_loss.item() * denominator, v_loss.item() * denominator, clipped.sum(), mb_mask.sum()]
-                    totals += torch.tensor(sums, dtype=torch.float64)
-                updates += 1
-                grad_norms.append(optimizer_step(model, optimizer, config.lr * min(1, updates / LR_RAMP)))
+        batch_tensors = (logp_old, logp_behav, values_old, advantages, returns)
+        losses = ppo_update(model, optimizer, rollout, batch_tensors, config, generator, (step - 1) * updates_a_batch)
 
         # 7. records: every number is a masked mean over the whole batch
-        policy_total, value_total, clipped_total, token_total = totals.tolist()
         now = time.perf_counter()
         seconds += now - started
         record = {
@@ -213,12 +183,9 @@ def main(config: Config) -> dict:
             "finished": rollout.finished.double().mean().item(),
             "kl_ref": masked_mean(kl_ref, mask).item(),
             **mismatch(logp_old, logp_behav, kl_behav, mask, config.cap, final_reward),
-            "clip_fraction": clipped_total / token_total,
             "explained_variance": explained_variance(values_old, returns, mask),
             "entropy": masked_mean(entropy, mask).item(),
-            "policy_loss": policy_total / token_total,
-            "value_loss": value_total / token_total,
-            "grad_norm": sum(grad_norms) / len(grad_norms),
+            **losses,
             "skipped_layers": skip.nonzero().flatten().tolist(),
             "rollout_tokens_per_second": int(mask.sum()) / rollout_seconds,
             "rollout_seconds": rollout_seconds,
@@ -243,11 +210,7 @@ def main(config: Config) -> dict:
             refresh=False,
         )
         if step % 5 == 1:
-            with (out / "samples.txt").open("a") as file:
-                for n in (0, len(texts) - 1):
-                    problem = batch[n // config.samples]
-                    file.write(f"--- step {step}, reward {final_reward[n]:g}, gold {problem.answer}\n")
-                    file.write(f"{problem.question}\n>>> {texts[n]}\n")
+            append_samples(out, step, [batch[0], batch[-1]], [texts[0], texts[-1]], final_reward[[0, -1]].tolist())
         if config.save_every and step % config.save_every == 0 and step < config.steps:
             save_checkpoint(out, model, tokenizer)
 
@@ -258,6 +221,60 @@ def main(config: Config) -> dict:
     print(report(result, seconds))
     print(f"checkpoint: {out}    curves: {out / 'curves.png'}    next: python evaluate.py {config.model} {out}")
     return result
+
+
+def ppo_update(
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    batch_tensors: tuple[Tensor, ...],
+    config: Config,
+    generator: torch.Generator,
+    updates: int,
+) -> dict[str, float]:
+    """Step 6 of main: ppo_epochs passes in random minibatches; returns the means over all tokens that were updated on.
+
+    batch_tensors: logp_old, logp_behav, values_old, advantages, returns, (N, T-1) each; updates: optimizer steps so far.
+    """
+    tokens, lengths, mask = rollout.tokens, rollout.lengths, rollout.action_mask
+    totals = torch.zeros(4, dtype=torch.float64)  # policy loss, value loss, clipped tokens, tokens
+    grad_norms = []
+    for _ in range(config.ppo_epochs):
+        order = torch.randperm(len(tokens), generator=generator).to(tokens.device)
+        for rows in order.split(config.minibatch):
+            denominator = int(mask[rows].sum())  # of the whole optimizer step: the micro-batch size changes nothing
+            for part, T in micro_batches(lengths[rows], config.micro_batch):
+                mb = rows[part]
+                mb_mask = mask[mb, : T - 1]  # (n, T-1), as all that follow
+                logp_old, logp_behav, values_old, advantages, returns = (x[mb, : T - 1] for x in batch_tensors)
+                logp_new, values, *_ = action_stats(model, tokens[mb, :T], mb_mask)
+                pg_loss = policy_loss(
+                    logp_new, logp_old, logp_behav, advantages, mb_mask,
+                    config.clip, config.correction, config.cap, denominator,
+                )  # fmt: skip
+                v_loss = value_loss(values, values_old, returns, mb_mask, config.clip, denominator)
+                loss = pg_loss + config.value_coef * v_loss  # eq. (11)
+                loss.backward()
+                ratio = importance_ratio(logp_new.detach(), logp_old, logp_behav, config.correction)
+                clipped = is_clipped(ratio, advantages, config.clip) & mb_mask
+                sums = [pg_loss.item() * denominator, v_loss.item() * denominator, clipped.sum(), mb_mask.sum()]
+                totals += torch.tensor(sums, dtype=torch.float64)
+            updates += 1
+            grad_norms.append(optimizer_step(model, optimizer, config.lr * min(1, updates / LR_RAMP)))
+    policy_total, value_total, clipped_total, token_total = totals.tolist()
+    return {
+        "policy_loss": policy_total / token_total,
+        "value_loss": value_total / token_total,
+        "clip_fraction": clipped_total / token_total,
+        "grad_norm": sum(grad_norms) / len(grad_norms),
+    }
+
+
+def append_samples(out: Path, step: int, problems: list[Problem], texts: list[str], rewards: list[float]):
+    """A few completions of this batch into samples.txt, to be read by people."""
+    with (out / "samples.txt").open("a", encoding="utf-8") as file:
+        for problem, text, reward in zip(problems, texts, rewards, strict=True):
+            file.write(f"--- step {step}, reward {reward:g}, gold {problem.answer}\n{problem.question}\n>>> {text}\n")
 
 
 # ---- the equations --------------------------------------------------------------------------------------------------
