@@ -12,8 +12,8 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from model import Decoder, load, read_json, write_json
-from reward import Problem, extract_answer, load_problems
-from rollout import SharedConfig, check, encode_prompts, flag, grade, print_table, run_script, sample
+from reward import Problem, load_problems
+from rollout import SharedConfig, check, encode_prompts, flag, grade, new_figure, print_table, run_script, sample
 
 
 @dataclass
@@ -21,7 +21,8 @@ class Flags(SharedConfig):
     """Flags of evaluate.py."""
 
     out: str = flag("runs", "folder of the figure, evaluation.png")
-    task: str | None = flag(None, "the task (default: the one that a run was trained on)")
+    task: str | None = flag(None, "the task (default: the one that the run was trained on, else toy)")
+    engine: str | None = flag(None, "nl or python (default: the one that the run was trained with, else nl)")
     samples: int = flag(0, "also sample so many completions a problem at temperature 1, for maj@k and pass@k")
     seed: int = flag(0, "seed of those samples")
 
@@ -42,12 +43,13 @@ def main(config: Config) -> list[dict]:
     """Evaluate every run, write its evaluation.json, print one table, draw one figure."""
     results = []
     for run in config.runs:
-        run_config = read_json(Path(run) / "run.json") if (Path(run) / "run.json").exists() else {}
-        task, engine = config.task or run_config.get("task", "toy"), run_config.get("engine", config.engine)
-        one = replace(config, task=task, engine=engine)
+        trained = read_json(Path(run) / "run.json") if (Path(run) / "run.json").exists() else {}
+        asked = {name: getattr(config, name) or trained.get(name) for name in ("test_data", "max_new_tokens")}
+        task, engine = config.task or trained.get("task", "toy"), config.engine or trained.get("engine", "nl")
+        one = replace(config, task=task, engine=engine, **asked)
         problems = load_problems(task, "test", one.test_data, one.limit, engine)
         model, tokenizer, eos_ids = load(run, one.device, one.dtype)
-        results.append(evaluate(model, tokenizer, eos_ids, problems, one, one.samples))
+        results.append(evaluate(model, tokenizer, eos_ids, problems, one, one.samples, one.seed))
         if Path(run).is_dir():
             write_json(Path(run) / "evaluation.json", results[-1])
     ks = powers_of_two(config.samples)
@@ -64,7 +66,13 @@ def main(config: Config) -> list[dict]:
 
 
 def evaluate(
-    model: Decoder, tokenizer, eos_ids: list[int], problems: list[Problem], config: SharedConfig, samples: int = 0
+    model: Decoder,
+    tokenizer,
+    eos_ids: list[int],
+    problems: list[Problem],
+    config: SharedConfig,
+    samples: int = 0,
+    seed: int = 0,
 ) -> dict:
     """What evaluation.json holds: greedy accuracy of the full model and, from `samples` completions, maj@k and pass@k."""
     prompts = encode_prompts(problems, tokenizer, model, config.max_new_tokens)
@@ -75,7 +83,7 @@ def evaluate(
         "max_rows": config.max_rows,
     }
     rollout = sample(model, prompts, temperature=0, **shared)
-    right = int((grade(rollout, problems, tokenizer, config.task)[1] == 1).sum())
+    right = int((grade(rollout, problems, tokenizer, config).rewards == 1).sum())
     result = {
         "task": config.task,
         "problems": len(problems),
@@ -84,15 +92,11 @@ def evaluate(
         "greedy_length": (rollout.lengths - rollout.prompt_lens).double().mean().item(),
     }
     if samples:
-        rollout = sample(model, prompts, num_samples=samples, seed=config.seed, **shared)
-        texts, rewards = grade(rollout, problems, tokenizer, config.task)
-        groups = []  # per problem: the answer and whether it is right, of each sample
-        for i, problem in enumerate(problems):
-            rows = range(i * samples, (i + 1) * samples)
-            answers = [
-                extract_answer(texts[n], config.task, problem.options) if rollout.finished[n] else None for n in rows
-            ]
-            groups.append((answers, (rewards[rows.start : rows.stop] == 1).tolist()))
+        rollout = sample(model, prompts, num_samples=samples, seed=seed, **shared)
+        grades = grade(rollout, problems, tokenizer, config)
+        right = (grades.rewards == 1).tolist()
+        spans = [slice(i, i + samples) for i in range(0, len(right), samples)]  # the samples of each problem
+        groups = [(grades.answers[span], right[span]) for span in spans]
         for k in powers_of_two(samples):
             result[f"maj@{k}"] = sum(majority_is_right(a[:k], r[:k]) for a, r in groups) / len(groups)
             result[f"pass@{k}"] = sum(pass_at_k(samples, sum(r), k) for _, r in groups) / len(groups)
@@ -137,15 +141,6 @@ def read_metrics(run: str | Path) -> list[dict]:
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
-def new_figure(panels: int, width: float = 4.0):
-    """Panels in rows of three, drawn into a file; needs no screen."""
-    from matplotlib.figure import Figure  # half a second that a run without a figure does not pay
-
-    columns, rows = min(panels, 3), -(-panels // 3)
-    figure = Figure(figsize=(width * columns, 2.6 * rows), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
-
-
 def draw_curves(run: Path, keys: tuple[str, ...]):
     """curves.png of a training run: one panel a metric over the steps."""
     records = read_metrics(run)
@@ -176,7 +171,7 @@ def draw_results(config: Config, results: list[dict]):
             panel.errorbar(centres, heights, errors, fmt="none", ecolor="black", capsize=3)
     panel.set_xticks(range(len(results)), config.runs)
     panel.set(ylim=(0, 1.02), ylabel="accuracy", title=", ".join(sorted({result["task"] for result in results})))
-    panel.legend(loc="upper left")
+    panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     Path(config.out).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(config.out) / "evaluation.png", dpi=120)
     print(f"figure: {Path(config.out) / 'evaluation.png'}")

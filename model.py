@@ -8,6 +8,7 @@ them stands in `ModelConfig`. There is no dropout anywhere: with it, pi_theta / 
     values = decoder.values(hidden)         (..., d) -> (...)
 """
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
@@ -70,8 +70,7 @@ def read_config(hf: PreTrainedConfig) -> ModelConfig:
     def refuse(feature: str):
         raise DataError(f"{hf.model_type} config: {feature} is not supported by model.py; use a checkpoint without it")
 
-    if hf.model_type not in ARCHITECTURES:
-        raise DataError(f"unknown architecture {hf.model_type!r}; supported model types: {', '.join(ARCHITECTURES)}")
+    check_architecture(hf.model_type)
     if getattr(hf, "quantization_config", None):
         refuse("quantization_config")
     shared = {
@@ -137,6 +136,12 @@ def read_config(hf: PreTrainedConfig) -> ModelConfig:
     return config
 
 
+def check_architecture(model_type: str | None):
+    """DataError for a model type that this decoder does not know."""
+    if model_type not in ARCHITECTURES:
+        raise DataError(f"unknown architecture {model_type!r}; supported model types: {', '.join(ARCHITECTURES)}")
+
+
 def make_norm(config: ModelConfig, size: int) -> nn.Module:
     """RMSNorm or LayerNorm over the last `size` features."""
     if config.norm == "rms":
@@ -173,6 +178,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.qkv = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
         self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
+        self.qk_norm = config.qk_norm
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
 
@@ -182,7 +188,8 @@ class Attention(nn.Module):
         H, G, _ = self.heads
         qkv = self.qkv(x).view(N, T, sum(self.heads), self.head_dim)
         q, k, v = qkv.transpose(1, 2).split(self.heads, dim=1)  # (N, heads, T, head_dim)
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.qk_norm:  # in the precision of its weights, under autocast too
+            q, k = (norm(x.to(norm.weight.dtype)) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is None:
@@ -191,10 +198,10 @@ class Attention(nn.Module):
             rows = torch.arange(N, device=x.device)[:, None]
             cache[0][rows, :, positions] = k.transpose(1, 2).to(cache.dtype)
             cache[1][rows, :, positions] = v.transpose(1, 2).to(cache.dtype)
-            k, v = cache[0].to(q.dtype), cache[1].to(q.dtype)
+            k, v = cache
             if T == 1:  # the queries that share a kv head stand in the empty time axis: nothing is repeated
                 q = q.reshape(N, G, H // G, self.head_dim)
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).view(N, H, 1, self.head_dim)
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).reshape(N, H, 1, self.head_dim)
             else:
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=H != G)
         return self.out(y.transpose(1, 2).reshape(N, T, H * self.head_dim))
@@ -306,13 +313,11 @@ class Decoder(nn.Module):
             return list(self.layers)
         return [layer for layer, skipped in zip(self.layers, skip.tolist(), strict=True) if not skipped]
 
-    def new_cache(
-        self, rows: int, columns: int, skip: Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def new_cache(self, rows: int, columns: int, skip: Tensor | None = None) -> Tensor:
         """An empty KV cache, (kept layers, 2, rows, kv_heads, columns, head_dim): a skipped layer owns none of it."""
         config = self.config
         shape = (len(self.kept_layers(skip)), 2, rows, config.num_kv_heads, columns, config.head_dim)
-        return self.embed.weight.new_zeros(shape, dtype=dtype)
+        return self.embed.weight.new_zeros(shape, dtype=torch.bfloat16 if self.autocast else None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., vocab), in at least fp32."""
@@ -326,27 +331,31 @@ class Decoder(nn.Module):
     def from_pretrained(cls, source: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> "Decoder":
         """Read a Hugging Face directory or hub id; `value_head.pt` too where there is one, else V_phi = 0."""
         folder = find_checkpoint(source)
-        hf_config = AutoConfig.from_pretrained(folder)
-        hf_config.eos_token_id = read_json(folder / "config.json").get(
-            "eos_token_id"
-        )  # transformers fills in a default
+        raw = read_json(folder / "config.json")
+        check_architecture(raw.get("model_type"))
+        with named_in_errors(folder / "config.json"):
+            hf_config = AutoConfig.from_pretrained(folder)
+        hf_config.eos_token_id = raw.get("eos_token_id")  # transformers fills in a default
         with torch.device("meta"):  # no memory and no random numbers for weights that are about to be read
             decoder = cls(hf_config).to(dtype)
         decoder.to_empty(device=device)
         if (folder / "generation_config.json").exists():
             decoder.generation_config = read_json(folder / "generation_config.json")
         read_weights(folder, hf_views(decoder))
-        if (folder / "value_head.pt").exists():
-            value_head = torch.load(folder / "value_head.pt", map_location="cpu", weights_only=True)
-        else:
-            value_head = {name: torch.zeros(p.shape) for name, p in decoder.value_head.named_parameters()}
-        decoder.value_head.load_state_dict(value_head)
+        value_head = {name: torch.zeros(p.shape) for name, p in decoder.value_head.named_parameters()}
+        with named_in_errors(folder / "value_head.pt"):
+            if (folder / "value_head.pt").exists():
+                value_head = torch.load(folder / "value_head.pt", map_location="cpu", weights_only=True)
+            decoder.value_head.load_state_dict(value_head)
         return decoder
 
     def save_pretrained(self, folder: str | Path):
         """Write config.json, generation_config.json, model.safetensors and value_head.pt: AutoModelForCausalLM opens it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        for pattern in ("generation_config.json", "*.index.json", "model*.safetensors", "pytorch_model*.bin"):
+            for stale in folder.glob(pattern):  # what an older checkpoint left would be read in place of ours
+                stale.unlink()
         config = self.hf_config.to_dict()
         config["architectures"] = [ARCHITECTURES[self.hf_config.model_type]]
         config["dtype"] = config["torch_dtype"] = str(self.embed.weight.dtype).removeprefix("torch.")
@@ -358,6 +367,9 @@ class Decoder(nn.Module):
             write_json(folder / "generation_config.json", self.generation_config)
         weights = {name: view.detach().cpu() for name, view in hf_views(self).items()}
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        (folder / "model.safetensors").chmod(
+            (folder / "config.json").stat().st_mode
+        )  # safetensors lets only its owner read
         # not .safetensors: inference servers load every such file of a folder
         torch.save(self.value_head.state_dict(), folder / "value_head.pt")
 
@@ -403,25 +415,40 @@ def hf_views(decoder: Decoder) -> dict[str, Tensor]:
 
 def read_weights(folder: Path, views: dict[str, Tensor]):
     """Copy a checkpoint (one file or sharded, safetensors or .bin) into `views`; DataError names what does not fit."""
-    missing = set(views)
+    missing, tied_head = set(views), None
     for file in weight_files(folder):
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as shard:
-                tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
-        else:
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with named_in_errors(file):
+            tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
         for name, tensor in tensors.items():
             name = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"  # a headless checkpoint
             if name not in views:
-                if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight":  # made from config; tied
-                    continue
-                raise DataError(f"{file}: tensor {name} has no place in this model; does config.json belong to it?")
+                if name == "lm_head.weight":
+                    tied_head = tensor
+                elif not name.endswith("rotary_emb.inv_freq"):  # made from config.json
+                    raise DataError(f"{file}: tensor {name} has no place in this model; does config.json belong to it?")
+                continue
             if tensor.shape != views[name].shape:
                 raise DataError(f"{file}: {name} is {list(tensor.shape)}, config.json wants {list(views[name].shape)}")
             views[name].copy_(tensor)
             missing.discard(name)
     if missing:
         raise DataError(f"{folder}: {len(missing)} weights are missing, among them {min(missing)}")
+    if tied_head is not None:
+        embedding = next(view for name, view in views.items() if name.endswith("embed_tokens.weight"))
+        if not torch.equal(embedding, tied_head.to(embedding)):
+            raise DataError(f"{folder}: tie_word_embeddings is true in config.json, but lm_head.weight differs")
+
+
+@contextlib.contextmanager
+def named_in_errors(file: Path):
+    """Whatever a library says of a broken file becomes one line that names it."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{file}: cannot be read ({type(error).__name__}: {reason})") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -457,7 +484,11 @@ def find_checkpoint(source: str | Path) -> Path:
 
 def load_tokenizer(source: str | Path, decoder: Decoder):
     """The checkpoint's tokenizer and the ids that end a completion, from generation_config, then config, then tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(find_checkpoint(source))
+    folder = find_checkpoint(source)
+    with named_in_errors(folder / "tokenizer.json"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer("0").input_ids:  # what transformers makes of a folder without tokenizer files
+        raise DataError(f"{source}: no tokenizer files")
     if len(tokenizer) > decoder.config.vocab_size:
         raise DataError(
             f"{source}: {len(tokenizer)} tokens in the tokenizer, {decoder.config.vocab_size} in the embedding"

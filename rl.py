@@ -8,7 +8,7 @@ them, 4 take log-probabilities and values of the full model, 5 penalised rewards
 
 Departures from ReFT, the paper (its code in brackets):
 - KL penalty: the estimate log pi_old - log pi_ref at the sampled token (as the code); the paper writes the full KL.
-- Losses: the token mean over the batch (the code: the mean of sequence means).
+- Losses: the token mean over the batch (the code: the mean of sequence means). The learning rate ramps up over 10 updates.
 - A completion cut at --max-new-tokens has no answer: reward 0 (the code pays it), and no bootstrapped value.
 - gamma and lam in the usual sense of Schulman et al. The paper calls the reward discount lambda = 1 and the TD discount
   gamma = 0.95; the code has gamma = 1, lam = 0.95, and so have we.
@@ -29,7 +29,18 @@ from tqdm import tqdm
 from evaluate import draw_curves, evaluate, report
 from model import Decoder, load, sample_skip, write_json
 from reward import DataError, Problem, load_problems
-from rollout import Rollout, check, encode_prompts, exact_kl_behav, flag, grade, run_script, sample, token_logp
+from rollout import (
+    OUTCOMES,
+    Rollout,
+    check,
+    encode_prompts,
+    exact_kl_behav,
+    flag,
+    grade,
+    run_script,
+    sample,
+    token_logp,
+)
 from warmup import (
     TrainConfig,
     append_record,
@@ -43,7 +54,7 @@ from warmup import (
 
 CORRECTIONS = ("none", "ratio", "truncated", "retrace", "prefix")
 # value_coef stands before the 1/2 of eq. (10), as in ReFT
-TOY = {"steps": 40, "rollout_batch": 128, "minibatch": 64, "lr": 1e-4, "kl_coef": 0.01, "value_coef": 0.1}
+TOY = {"steps": 20, "rollout_batch": 128, "minibatch": 64, "lr": 1e-4, "kl_coef": 0.01, "value_coef": 0.1}
 PRETRAINED = {"steps": 1000, "rollout_batch": 32, "minibatch": 32, "lr": 3e-7, "kl_coef": 0.05, "value_coef": 5.0}
 LR_RAMP = 10  # optimizer steps until the learning rate is constant
 
@@ -54,7 +65,7 @@ class Config(TrainConfig):
 
     model: str = flag("runs/warmup", "directory or hub id of the warm-up model, also the reference of the KL penalty")
     out: str = flag("runs/rl", "directory of the run")
-    steps: int | None = flag(None, "rollout batches (toy: 40, else 1000)")
+    steps: int | None = flag(None, "rollout batches (toy: 20, else 1000)")
     skip_ratio: float = flag(0.0, "share of the layers that the behavior model skips; 0 is plain ReFT")
     correction: str = flag("truncated", f"importance-ratio correction: {', '.join(CORRECTIONS)}")
     target_kl_behav: float | None = flag(
@@ -128,13 +139,14 @@ def main(config: Config) -> dict:
     for step in bar:
         # 1. problems, and a new skip mask for every batch
         started = time.perf_counter()
-        rng = np.random.default_rng((config.seed, step))
+        rng = np.random.default_rng((config.seed, 1, step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         chosen = batch_indices(config.seed, step, config.rollout_batch // config.samples, len(problems))
         batch = [problems[i] for i in chosen]
         skip = sample_skip(num_layers, round(level) / num_layers, generator)
 
         # 2. completions from the nested behavior model mu
+        rollout_started = time.perf_counter()
         rollout = sample(
             model,
             [prompts[i] for i in chosen],
@@ -147,18 +159,18 @@ def main(config: Config) -> dict:
             max_rows=config.max_rows,
         )
         tokens, lengths, mask, logp_behav = rollout.tokens, rollout.lengths, rollout.action_mask, rollout.logp_behav
-        rollout_seconds = time.perf_counter() - started
+        rollout_seconds = time.perf_counter() - rollout_started
 
         # 3. rewards, at the last token of each completion
-        texts, final_reward = grade(rollout, batch, tokenizer, config.task)  # (N,), eq. (3)
+        texts, _, outcomes, final_reward = grade(rollout, batch, tokenizer, config)  # (N,), eq. (3)
         rewards = torch.zeros_like(logp_behav)  # (N, T-1)
-        rewards[torch.arange(len(tokens)), lengths - 2] = final_reward.to(rewards.dtype)
+        rewards[torch.arange(len(tokens), device=tokens.device), lengths - 2] = final_reward.to(rewards.dtype)
 
         # 4. the full model: log pi_old, V_old and log pi_ref of every sampled token
         update_started = time.perf_counter()
-        with torch.no_grad():
-            logp_old, values_old, entropy, kl_behav = score_actions(model, rollout, config.micro_batch, skip)
-            logp_ref, *_ = score_actions(reference, rollout, config.micro_batch)
+        old = batch_stats(model, rollout, config.micro_batch, skip, diagnose=True)
+        logp_old, values_old, entropy, kl_behav = old  # (N, T-1) each
+        logp_ref, _ = batch_stats(reference, rollout, config.micro_batch)  # (N, T-1)
 
         # 5. penalised rewards, advantages, returns
         kl_ref = logp_old - logp_ref  # (N, T-1)
@@ -171,7 +183,7 @@ def main(config: Config) -> dict:
         batch_tensors = (logp_old, logp_behav, values_old, advantages, returns)
         losses = ppo_update(model, optimizer, rollout, batch_tensors, config, generator, (step - 1) * updates_a_batch)
 
-        # 7. records: every number is a masked mean over the whole batch
+        # 7. records: means over the sampled tokens, or over the completions, of the whole batch
         now = time.perf_counter()
         seconds += now - started
         record = {
@@ -180,6 +192,9 @@ def main(config: Config) -> dict:
             "reward": final_reward.mean().item(),
             "accuracy": (final_reward == 1).double().mean().item(),
             "length": (lengths - rollout.prompt_lens).double().mean().item(),
+            **{
+                outcome: outcomes.count(outcome) / len(outcomes) for outcome in OUTCOMES[1:]
+            },  # accuracy counts the right
             "finished": rollout.finished.double().mean().item(),
             "kl_ref": masked_mean(kl_ref, mask).item(),
             **mismatch(logp_old, logp_behav, kl_behav, mask, config.cap, final_reward),
@@ -191,11 +206,11 @@ def main(config: Config) -> dict:
             "rollout_seconds": rollout_seconds,
             "update_seconds": now - update_started,
         }
-        if not warned and (record["kl_behav"] > 0.05 or record["token_sample_size"] < 0.5):
+        if not warned and (record["kl_behav"] > 0.05 or record["ess_tokens"] < 0.5):
             warned = True
             tqdm.write(
-                f"warning: at step {step} KL(mu||pi) is {record['kl_behav']:.3f} per token and the token sample size "
-                f"{record['token_sample_size']:.2f}: lower --skip-ratio, or warm up with --layer-dropout"
+                f"warning: at step {step} KL(mu||pi) is {record['kl_behav']:.3f} per token and the effective sample size "
+                f"{record['ess_tokens']:.2f}: skip fewer layers (--skip-ratio), or warm up with --layer-dropout"
             )
         if config.target_kl_behav is not None:
             level = next_level(level, record["kl_behav"], config.target_kl_behav, num_layers)
@@ -247,7 +262,7 @@ def ppo_update(
                 mb = rows[part]
                 mb_mask = mask[mb, : T - 1]  # (n, T-1), as all that follow
                 logp_old, logp_behav, values_old, advantages, returns = (x[mb, : T - 1] for x in batch_tensors)
-                logp_new, values, *_ = action_stats(model, tokens[mb, :T], mb_mask)
+                logp_new, values = action_stats(model, tokens[mb, :T], mb_mask)
                 pg_loss = policy_loss(
                     logp_new, logp_old, logp_behav, advantages, mb_mask,
                     config.clip, config.correction, config.cap, denominator,
@@ -356,28 +371,32 @@ def value_loss(
 # ---- helpers --------------------------------------------------------------------------------------------------------
 
 
-def action_stats(model: Decoder, tokens: Tensor, mask: Tensor, skip: Tensor | None = None) -> tuple[Tensor, ...]:
-    """log pi(a_t|s_t), V_phi(s_t), the entropy of pi(.|s_t) and KL(mu||pi) at s_t, (N, T-1) each, 0 outside the mask.
+def action_stats(
+    model: Decoder, tokens: Tensor, mask: Tensor, skip: Tensor | None = None, diagnose: bool = False
+) -> tuple[Tensor, ...]:
+    """log pi(a_t|s_t) and V_phi(s_t) of the full model, (N, T-1) each, 0 outside the mask.
 
-    tokens: (N, T); mask: (N, T-1); skip: the mask of mu, None where no KL is asked for. Logits are made for actions only:
-    none for prompts, none for padding. Gradients flow through the first two.
+    With `diagnose` also the entropy of pi(.|s_t) and KL(mu||pi) at s_t, without gradient; skip is the mask of mu.
+    tokens: (N, T); mask: (N, T-1). Logits are made for actions only: none for prompts, none for padding.
     """
     hidden = model(tokens)[:, :-1][mask]  # (actions, d)
     logits = model.logits(hidden)  # (actions, vocab)
-    logp = token_logp(logits, tokens[:, 1:][mask])  # (actions,)
-    with torch.no_grad():
-        log_pi = logits.log_softmax(-1)  # (actions, vocab)
-        entropy = -(log_pi.exp() * log_pi).sum(-1)  # (actions,)
-        kl_behav = exact_kl_behav(model, tokens, mask, skip, log_pi)  # (actions,)
-    columns = (logp, model.values(hidden), entropy, kl_behav)
-    return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in columns)
+    stats = [token_logp(logits, tokens[:, 1:][mask]), model.values(hidden)]  # (actions,) each
+    if diagnose:
+        with torch.no_grad():
+            log_pi = logits.log_softmax(-1)  # (actions, vocab)
+            stats += [-(log_pi.exp() * log_pi).sum(-1), exact_kl_behav(model, tokens, mask, skip, log_pi)]
+    return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in stats)
 
 
-def score_actions(model: Decoder, rollout: Rollout, micro_batch: int, skip: Tensor | None = None) -> tuple[Tensor, ...]:
+@torch.no_grad()
+def batch_stats(
+    model: Decoder, rollout: Rollout, micro_batch: int, skip: Tensor | None = None, diagnose: bool = False
+) -> list[Tensor]:
     """`action_stats` of a whole batch, rows of like length together."""
-    outs = tuple(torch.zeros_like(rollout.logp_behav) for _ in range(4))
+    outs = [torch.zeros_like(rollout.logp_behav) for _ in range(4 if diagnose else 2)]
     for rows, T in micro_batches(rollout.lengths, micro_batch):
-        parts = action_stats(model, rollout.tokens[rows, :T], rollout.action_mask[rows, : T - 1], skip)
+        parts = action_stats(model, rollout.tokens[rows, :T], rollout.action_mask[rows, : T - 1], skip, diagnose)
         for out, part in zip(outs, parts, strict=True):
             out[rows, : T - 1] = part
     return outs
@@ -388,7 +407,7 @@ def mismatch(
 ) -> dict[str, float]:
     """How far mu is from pi_old in this batch, raw: before any cap. Tensors (N, T-1), reward (N,).
 
-    A share of effective samples is (E w)^2 / E w^2 over tokens (w = rho_t) or completions (w = prod rho_t).
+    Effective sample size, as a share: (E w)^2 / E w^2 over tokens (w = rho_t) or completions (w = prod rho_t).
     """
     log_rho = torch.where(mask, logp_old - logp_behav, 0.0).double()  # (N, T-1)
     rho, sequence = log_rho[mask].exp(), log_rho.sum(1).exp()  # (tokens,), (N,)
@@ -404,10 +423,10 @@ def mismatch(
         "log_ratio_max": log_rho[mask].max().item(),
         "log_ratio_mean": log_rho[mask].mean().item(),
         "above_cap": (rho > cap).double().mean().item(),
-        "token_sample_size": (rho.mean() ** 2 / (rho**2).mean()).item(),
-        "sequence_sample_size": (sequence.mean() ** 2 / (sequence**2).mean()).item(),
+        "ess_tokens": (rho.mean() ** 2 / (rho**2).mean()).item(),
+        "ess_sequences": (sequence.mean() ** 2 / (sequence**2).mean()).item(),
         "retrace_trace": rho.clamp(max=1).mean().item(),
-        "reward_under_pi": ((sequence * reward).sum() / sequence.sum()).item(),  # importance-weighted estimate
+        "reward_under_pi": ((sequence * reward).sum() / sequence.sum()).item(),  # self-normalised estimate
     }
 
 
@@ -418,7 +437,7 @@ def next_level(level: float, kl_behav: float, target: float, num_layers: int) ->
     the target. Without skipped layers KL is 0 and the level rises.
     """
     error = math.log(target / max(kl_behav, 1e-9))
-    return min(max(level + 0.5 * min(max(error, -1.0), 1.0), 0.0), num_layers - 3.0)
+    return min(max(level + 0.5 * min(max(error, -1.0), 1.0), 0.0), max(num_layers - 3.0, 0.0))
 
 
 def is_clipped(ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:

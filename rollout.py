@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +28,8 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from model import Decoder, load, sample_skip, write_json
-from reward import TASKS, DataError, Problem, load_problems, make_prompt, score
+from reward import TASKS, DataError, Problem, extract_answer, load_problems, make_prompt, score
+from sandbox import execute
 
 
 @dataclass(frozen=True)
@@ -116,29 +118,31 @@ def sample(
     finished = torch.zeros(N, dtype=torch.bool, device=device)
 
     by_length = prompt_lens.argsort(stable=True)  # a pass over rows of like length has little padding
-    for alive in by_length.split(max_rows or N):  # (R,): the rows of this pass that still run
-        noise = [uniforms(seeds[n // num_samples], n % num_samples, max_new_tokens) for n in alive.tolist()]
-        noise = torch.stack(noise).to(device)  # (R, max_new_tokens)
-        column = prompt_lens[alive]  # (R,): where the next token goes
-        width = int(column.max())
-        hidden, cache = prefill(model, tokens[:, :width], alive, column, num_samples, max_new_tokens, skip)
-        for t in range(max_new_tokens):
-            action, logp = draw(model.logits(hidden), noise[:, t], temperature)  # (R,)
-            tokens[alive, column] = action
-            logp_behav[alive, column - 1] = logp
-            ended = torch.isin(action, eos) & ~finished[alive]
-            lengths[alive[ended]] = column[ended] + 1
-            finished[alive[ended]] = True
-            running = ~finished[alive]
-            R = int(running.sum())
-            if R == 0 or t == max_new_tokens - 1:
-                break
-            if R <= 0.75 * len(alive):  # finished rows leave the batch; sooner, copying the cache would cost more
-                alive, column, action, noise = alive[running], column[running], action[running], noise[running]
-                cache[:, :, :R, :, : width + t] = cache[:, :, running, :, : width + t]
-                cache = cache[:, :, :R]
-            hidden = model(action[:, None], skip, cache[..., : width + t + 1, :], column[:, None])[:, 0]  # (R, d)
-            column = column + 1
+    # one autocast around all steps, so that the weights are cast to bf16 once a rollout and not once a token
+    with torch.autocast(device.type, torch.bfloat16, enabled=model.autocast):
+        for alive in by_length.split(max_rows or N):  # (R,): the rows of this pass that still run
+            noise = [uniforms(seeds[n // num_samples], n % num_samples, max_new_tokens) for n in alive.tolist()]
+            noise = torch.stack(noise).to(device)  # (R, max_new_tokens)
+            column = prompt_lens[alive]  # (R,): where the next token goes
+            width = int(column.max())
+            hidden, cache = prefill(model, tokens[:, :width], alive, column, num_samples, max_new_tokens, skip)
+            for t in range(max_new_tokens):
+                action, logp = draw(model.logits(hidden), noise[:, t], temperature)  # (R,)
+                tokens[alive, column] = action
+                logp_behav[alive, column - 1] = logp
+                ended = torch.isin(action, eos) & ~finished[alive]
+                lengths[alive[ended]] = column[ended] + 1
+                finished[alive[ended]] = True
+                running = ~finished[alive]
+                R = int(running.sum())
+                if R == 0 or t == max_new_tokens - 1:
+                    break
+                if R <= 0.75 * len(alive):  # finished rows leave the batch; sooner, copying the cache would cost more
+                    alive, column, action, noise = alive[running], column[running], action[running], noise[running]
+                    cache[:, :, :R, :, : width + t] = cache[:, :, running, :, : width + t]
+                    cache = cache[:, :, :R]
+                hidden = model(action[:, None], skip, cache[..., : width + t + 1, :], column[:, None])[:, 0]  # (R, d)
+                column = column + 1
 
     T = int(lengths.max())
     column = torch.arange(T, device=device)
@@ -183,15 +187,37 @@ def encode_prompts(problems: list[Problem], tokenizer, model: Decoder, max_new_t
     return prompts
 
 
-def grade(rollout: Rollout, problems: list[Problem], tokenizer, task: str) -> tuple[list[str], Tensor]:
-    """The N texts and their rewards (N,), eq. (3). A completion that was cut has no answer: reward 0."""
+class Grades(NamedTuple):
+    """What N completions say and earn."""
+
+    texts: list[str]
+    answers: list[str | None]  # canonical text of each final answer
+    outcomes: list[str]  # one of OUTCOMES each
+    rewards: Tensor  # (N,), eq. (3)
+
+
+OUTCOMES = ("right", "wrong", "no_answer", "cut", "error", "timeout", "killed")  # the last three: programs only
+
+
+def grade(rollout: Rollout, problems: list[Problem], tokenizer, config: "SharedConfig") -> Grades:
+    """Rewards, eq. (3), of completions in words or of programs. One that was cut has no answer: reward 0."""
     texts = rollout.completions(tokenizer)
     num_samples = len(texts) // len(problems)
-    rewards = [
-        score(text, problems[n // num_samples].answer, task, problems[n // num_samples].options) if finished else 0.0
-        for n, (text, finished) in enumerate(zip(texts, rollout.finished.tolist(), strict=True))
-    ]
-    return texts, torch.tensor(rewards, device=rollout.tokens.device)
+    finished = rollout.finished.tolist()
+    if config.engine == "python":
+        ran = iter(execute([text for text, done in zip(texts, finished, strict=True) if done], config.unsafe_exec))
+    answers, outcomes, rewards = [], [], []
+    for n, (text, done) in enumerate(zip(texts, finished, strict=True)):
+        problem = problems[n // num_samples]
+        status = "ok" if done else "cut"
+        if done and config.engine == "python":
+            status, answer = next(ran)
+            text = f"#### {answer}"  # what solution() returned, read by the same grammar as words
+        ok = status == "ok"
+        rewards.append(score(text, problem.answer, config.task, problem.options) if ok else 0.0)
+        answers.append(extract_answer(text, config.task, problem.options) if ok else None)
+        outcomes.append({1.0: "right", 0.1: "wrong", 0.0: "no_answer"}[rewards[-1]] if ok else status)
+    return Grades(texts, answers, outcomes, torch.tensor(rewards, device=rollout.tokens.device))
 
 
 def print_table(header: list, rows: list[list]):
@@ -219,6 +245,7 @@ class SharedConfig:
     test_data: str | None = flag(None, "test problems: a JSON file or hub id (default: the task's usual data set)")
     limit: int | None = flag(None, "use only the first so many problems of each split")
     engine: str = flag("nl", "chains of thought: nl (natural language) or python (programs)")
+    unsafe_exec: bool = flag(False, "run model-written programs even where the system cannot hold them back")
     max_new_tokens: int | None = flag(None, "longest completion in tokens (default: 64 for toy, else 400)")
     max_rows: int = flag(512, "completions sampled at a time; lower it to save memory, the samples stay")
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
@@ -227,7 +254,9 @@ class SharedConfig:
     def __post_init__(self):
         check(self, "task", self.task is None or self.task in TASKS, f"one of {', '.join(TASKS)}")
         check(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
-        check(self, "engine", self.engine in ("nl", "python"), "nl or python")
+        check(self, "engine", self.engine in (None, "nl", "python"), "nl or python")
+        if self.engine == "python":
+            execute(["def solution(): return 1"], self.unsafe_exec)  # refused here, not after an hour of training
         check(self, "dtype", self.dtype in (None, "float32", "float64", "bfloat16"), "float32, float64 or bfloat16")
         if (
             self.max_new_tokens is None and self.task is not None
@@ -270,6 +299,7 @@ class Config(SharedConfig):
     def __post_init__(self):
         super().__post_init__()
         check(self, "skip_ratios", all(0 <= ratio < 1 for ratio in self.skip_ratios), "between 0 and 1")
+        check(self, "seed", self.seed >= 0, "at least 0")
         check(self, "rounds", self.rounds >= 1, "at least 1")
 
 
@@ -278,9 +308,10 @@ def main(config: Config) -> list[dict]:
     model, tokenizer, eos_ids = load(config.model, config.device, config.dtype)
     problems = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
     prompts, layers = encode_prompts(problems, tokenizer, model, config.max_new_tokens), len(model.layers)
-    sums = {ratio: torch.zeros(4, dtype=torch.float64) for ratio in config.skip_ratios}  # seconds, tokens, KL, right
+    ratios = sorted({0.0, *config.skip_ratios})  # the full model is what the others are compared with
+    sums = {ratio: torch.zeros(4, dtype=torch.float64) for ratio in ratios}  # seconds, tokens, KL, right
     for round_ in tqdm(range(config.rounds + 1), desc="rounds", unit="round"):
-        for ratio in config.skip_ratios:
+        for ratio in ratios:
             skip = sample_skip(layers, ratio, torch.Generator().manual_seed(config.seed + round_))
             started = time.perf_counter()
             rollout = sample(
@@ -294,19 +325,28 @@ def main(config: Config) -> list[dict]:
                 max_rows=config.max_rows,
             )
             seconds = time.perf_counter() - started
-            _, rewards = grade(rollout, problems, tokenizer, config.task)
-            kl = exact_kl_behav(model, rollout.tokens, rollout.action_mask, skip).sum().item()
+            right = grade(rollout, problems, tokenizer, config).outcomes.count("right")
             if round_ > 0:  # the first round warms up
-                count = int(rollout.action_mask.sum())
-                sums[ratio] += torch.tensor([seconds, count, kl, (rewards == 1).sum()], dtype=torch.float64)
+                kl = 0.0
+                for row, length in enumerate(rollout.lengths.tolist()):  # one by one: (actions, vocab) can be large
+                    mask = rollout.action_mask[row : row + 1, : length - 1]
+                    kl += exact_kl_behav(model, rollout.tokens[row : row + 1, :length], mask, skip).sum().item()
+                sums[ratio] += torch.tensor([seconds, rollout.action_mask.sum(), kl, right], dtype=torch.float64)
     results = []
-    for ratio, (seconds, tokens, kl, right) in ((ratio, total.tolist()) for ratio, total in sums.items()):
+    for ratio, total in sums.items():
+        seconds, tokens, kl, right = total.tolist()
         skipped = round(ratio * layers)
-        results.append({"skip_ratio": ratio, "layers_skipped": skipped, "tokens_per_second": tokens / seconds})
-        results[-1]["speed_up"] = results[-1]["tokens_per_second"] / results[0]["tokens_per_second"]
-        results[-1]["ideal_speed_up"] = layers / (layers - skipped)
-        results[-1]["kl_behav"] = kl / tokens
-        results[-1]["accuracy"] = right / (config.rounds * len(problems))
+        results.append(
+            {
+                "skip_ratio": ratio,
+                "layers_skipped": skipped,
+                "tokens_per_second": tokens / seconds,
+                "speed_up": tokens / seconds / (sums[0.0][1] / sums[0.0][0]).item(),
+                "ideal_speed_up": layers / (layers - skipped),
+                "kl_behav": kl / tokens,
+                "accuracy": right / (config.rounds * len(problems)),
+            }
+        )
     header = ["skip ratio", "layers skipped", "tokens/s", "speed-up", "ideal", "KL(mu||pi)/token", "accuracy of mu"]
     formats = ("{:g}", "{}", "{:.0f}", "{:.2f}", "{:.2f}", "{:.4f}", "{:.3f}")
     print_table(header, [[f.format(v) for f, v in zip(formats, r.values(), strict=True)] for r in results])
@@ -331,24 +371,29 @@ def exact_kl_behav(
     return (log_mu.exp() * (log_mu - log_pi)).sum(-1)
 
 
+def new_figure(panels: int, width: float = 4.0):
+    """Panels in rows of three, drawn into a file; needs no screen."""
+    from matplotlib.figure import Figure  # half a second that a run without a figure does not pay
+
+    columns, rows = min(panels, 3), -(-panels // 3)
+    figure = Figure(figsize=(width * columns, 2.6 * rows), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
 def draw_ratios(out: Path, results: list[dict]):
     """rollout.json and rollout.png: the speed-up beside its ideal, and what the nested models lose."""
-    from matplotlib.figure import Figure
-
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "rollout.json", results)
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    figure, panels = new_figure(3)
     ratios = [result["skip_ratio"] for result in results]
-    for panel, keys in zip(
-        figure.subplots(1, 3), (("speed_up", "ideal_speed_up"), ("kl_behav",), ("accuracy",)), strict=True
-    ):
+    for panel, keys in zip(panels, (("speed_up", "ideal_speed_up"), ("kl_behav",), ("accuracy",)), strict=True):
         for key in keys:
             style = "--" if key.startswith("ideal") else ".-"
             panel.plot(ratios, [result[key] for result in results], style, label=key.replace("_", " "))
         panel.set(xlabel="skip ratio", ylim=(0, None))
         panel.grid(alpha=0.3)
         panel.legend()
-    figure.savefig(out / "rollout.png", dpi=120)
+    figure.savefig(out / "rollout.png", dpi=110)
     print(f"figure: {out / 'rollout.png'}")
 
 

@@ -26,7 +26,7 @@ from model import Decoder, load, pick_device, sample_skip, write_json
 from reward import DataError, Problem, load_problems, make_prompt, make_target
 from rollout import SharedConfig, check, encode_prompts, flag, run_script, token_logp
 
-TOY = {"batch": 32, "lr": 4e-3, "beta2": 0.95, "weight_decay": 0.1, "layer_dropout": 0.5, "epochs": 1.0}
+TOY = {"batch": 32, "lr": 4e-3, "beta2": 0.95, "weight_decay": 0.1, "layer_dropout": 0.5, "epochs": 0.9}
 # ReFT, section 4.3
 PRETRAINED = {"batch": 48, "lr": 1e-5, "beta2": 0.999, "weight_decay": 0.0, "layer_dropout": 0.0, "epochs": 2.0}
 DROPPED_SHARE = 0.25  # layer dropout leaves out a quarter of the layers
@@ -59,9 +59,11 @@ class Config(TrainConfig):
     )
     out: str = flag("runs/warmup", "directory of the run")
     steps: int | None = flag(None, "optimizer steps (default: as many as --epochs needs)")
-    epochs: float | None = flag(None, "passes over the problems (toy: 1, pretrained: 2)")
+    epochs: float | None = flag(None, "passes over the problems (toy: 0.9, pretrained: 2)")
     batch: int | None = flag(None, "problems of one optimizer step (toy: 32, pretrained: 48)")
-    lr: float | None = flag(None, "peak learning rate; it falls linearly to 0 (toy: 4e-3, pretrained: 1e-5)")
+    lr: float | None = flag(
+        None, "learning rate: rises over a tenth of the steps, falls to 0 (toy: 4e-3, pretrained: 1e-5)"
+    )
     beta2: float | None = flag(None, "AdamW decay of the squared gradient (toy: 0.95, pretrained: 0.999)")
     weight_decay: float | None = flag(None, "AdamW weight decay of the matrices (toy: 0.1, pretrained: 0)")
     layer_dropout: float | None = flag(None, "share of batches with random layers left out (toy: 0.5, pretrained: 0)")
@@ -78,6 +80,8 @@ class Config(TrainConfig):
         check(self, "beta2", 0 <= self.beta2 < 1, "at least 0 and below 1")
         check(self, "weight_decay", self.weight_decay >= 0, "at least 0")
         check(self, "layer_dropout", 0 <= self.layer_dropout <= 1, "between 0 and 1")
+        other = self.model is None or Path(self.out).resolve() != Path(self.model).resolve()
+        check(self, "out", other, "another folder than --model")
         check(self, "task", self.model is not None or self.task == "toy", "toy unless --model names a pretrained model")
 
 
@@ -97,6 +101,9 @@ def main(config: Config) -> dict:
         model, tokenizer, eos_ids = load(config.model, config.device, config.dtype)
     examples = encode_examples(problems, tokenizer, model, eos_ids[0], config.engine)
     encode_prompts(test_problems, tokenizer, model, config.max_new_tokens)  # too long? now, not after the training
+    num_layers = len(model.layers)
+    if config.layer_dropout and not 0 <= round(DROPPED_SHARE * num_layers) <= num_layers - 3:
+        raise DataError(f"--layer-dropout {config.layer_dropout} needs more than the {num_layers} layers of this model")
     optimizer = make_optimizer(model, config.weight_decay, config.beta2)
     steps = config.steps or max(1, round(config.epochs * len(problems) / config.batch))
     out = start_run(config)
@@ -106,12 +113,10 @@ def main(config: Config) -> dict:
         started = time.perf_counter()
 
         # 2. a batch, and for a share of the batches a skip mask
-        rng = np.random.default_rng((config.seed, step))
+        rng = np.random.default_rng((config.seed, 1, step))
         skip = None
         if rng.random() < config.layer_dropout:
-            skip = sample_skip(
-                len(model.layers), DROPPED_SHARE, torch.Generator().manual_seed(int(rng.integers(2**62)))
-            )
+            skip = sample_skip(num_layers, DROPPED_SHARE, torch.Generator().manual_seed(int(rng.integers(2**62))))
         batch = [examples[i] for i in batch_indices(config.seed, step, config.batch, len(examples))]
         tokens, lengths, action_mask = collate(batch, model.embed.weight.device)
 
@@ -147,10 +152,17 @@ def main(config: Config) -> dict:
     write_json(out / "evaluation.json", result)
     draw_curves(out, ("loss", "greedy_accuracy"))
     print(report(result, seconds))
-    task = "" if config.task == "toy" else f" --task {config.task}"
-    model_flag = "" if config.out == "runs/warmup" else f" --model {config.out}"
-    print(f"checkpoint: {out}    next: python rl.py --skip-ratio 0.25{model_flag}{task}")
+    print(f"checkpoint: {out}    next: {next_command(config)}")
     return result
+
+
+def next_command(config: Config) -> str:
+    """The command for stage 2, with the flags that this run needed."""
+    flags = {"model": (config.out, "runs/warmup"), "task": (config.task, "toy"), "engine": (config.engine, "nl")}
+    flags |= {name: (getattr(config, name), None) for name in ("data", "test_data")}
+    words = [f"--{name.replace('_', '-')} {value}" for name, (value, default) in flags.items() if value != default]
+    ratio = 0.25 if config.layer_dropout else 0.1  # without layer dropout nested models are much worse
+    return " ".join(["python rl.py", f"--skip-ratio {ratio}", *words])
 
 
 def toy_model(config: Config, problems: list[Problem]) -> tuple[Decoder, PreTrainedTokenizerFast, list[int]]:
@@ -217,10 +229,12 @@ def collate(examples: list[tuple[list[int], list[int]]], device) -> tuple[Tensor
 
 
 def batch_indices(seed: int, step: int, batch: int, count: int) -> list[int]:
-    """The `batch` problems of step 1, 2, ...: every epoch is a new permutation of all `count`, drawn from (seed, epoch)."""
+    """The `batch` problems of step 1, 2, ...: every epoch is a new permutation of all `count`, drawn from the seed."""
     first = (step - 1) * batch
     last = first + batch - 1
-    epochs = {e: np.random.default_rng((seed, e)).permutation(count) for e in range(first // count, last // count + 1)}
+    epochs = {
+        e: np.random.default_rng((seed, 0, e)).permutation(count) for e in range(first // count, last // count + 1)
+    }
     return [int(epochs[i // count][i % count]) for i in range(first, first + batch)]
 
 
@@ -238,9 +252,9 @@ def make_optimizer(model: Decoder, weight_decay: float = 0.0, beta2: float = 0.9
     return torch.optim.AdamW(groups, betas=(0.9, beta2), fused=True)
 
 
-def optimizer_step(model: Decoder, optimizer: torch.optim.Optimizer, lr: float, max_norm: float = 1.0) -> float:
-    """Clip the gradient to `max_norm`, step, clear; returns the norm before clipping."""
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+def optimizer_step(model: Decoder, optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """Clip the gradient to norm 1, step, clear; returns the norm before clipping."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

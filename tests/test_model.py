@@ -1,13 +1,15 @@
 """model.py against transformers, and the cache against no cache."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from families import CONFIGS, random_hf_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen2Config
 
-from model import Decoder, load_tokenizer, sample_skip
+from model import Decoder, load, load_tokenizer, sample_skip
 from reward import DataError
 
 MASKS = {"none": (), "inner": (1, 2), "first": (0,), "last": (3,), "first and last": (0, 3)}
@@ -184,15 +186,77 @@ def test_a_config_feature_that_would_be_ignored_is_refused(make, named):
         Decoder(make())
 
 
-def test_unknown_architecture_names_the_supported_ones(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(DataError, match=r"gpt2.*llama, qwen2, qwen3, opt"):
+@pytest.mark.parametrize("model_type", ["gpt2", "foobar"])  # transformers knows one and not the other
+def test_unknown_architecture_names_the_supported_ones(model_type, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(DataError, match=rf"{model_type}.*llama, qwen2, qwen3, opt"):
         Decoder.from_pretrained(tmp_path)
 
 
-def broken_checkpoint(folder, change):
-    from safetensors.torch import load_file, save_file
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("config.json", "{"),
+        ("config.json", json.dumps({"model_type": "llama", "hidden_size": "wide"})),
+        ("model.safetensors", "not safetensors"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"a": "gone.safetensors"}})),
+        ("value_head.pt", "not torch"),
+        ("tokenizer.json", "{"),
+    ],
+)
+def test_a_broken_file_is_named(file, text, toy_run, tmp_path):
+    folder = shutil.copytree(toy_run, tmp_path / "run")
+    (folder / file).write_text(text)
+    with pytest.raises(DataError, match=r"gone\.safetensors" if "index" in file else file.replace(".", r"\.")):
+        load(folder, None, None)
 
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    Decoder(CONFIGS["qwen2"]()).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="tokenizer"):
+        load(tmp_path, None, None)
+
+
+def test_a_head_that_is_said_to_be_tied_and_is_not_is_refused(tmp_path):
+    Decoder(CONFIGS["qwen2"]()).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    Decoder.from_pretrained(tmp_path)  # a copy of the embedding is no contradiction
+    save_file(weights | {"lm_head.weight": weights["lm_head.weight"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match="tie_word_embeddings"):
+        Decoder.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_saving_over_an_older_checkpoint_leaves_nothing_of_it(tmp_path):
+    old = random_hf_model("llama3")
+    old.generation_config.eos_token_id = [5, 6]
+    old.save_pretrained(tmp_path, max_shard_size="20KB")
+    decoder = Decoder(CONFIGS["qwen2"]())
+    decoder.save_pretrained(tmp_path)
+    again = Decoder.from_pretrained(tmp_path)
+    assert torch.equal(again.logits(again(tokens_of())), decoder.logits(decoder(tokens_of())))
+    assert again.generation_config is None and len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+@torch.no_grad()
+def test_the_cache_under_autocast_gives_what_no_cache_gives(pair):
+    _, decoder = pair
+    decoder.autocast = True
+    try:
+        expected = decoder(tokens_of())
+        cache = decoder.new_cache(3, 20)
+        assert cache.dtype == torch.bfloat16
+        steps = [decoder(tokens_of()[:, :7], None, cache[..., :7, :], torch.arange(7).expand(3, 7))]
+        for t in range(7, 20):
+            steps.append(decoder(tokens_of()[:, t : t + 1], None, cache, torch.full((3, 1), t)))
+        assert (torch.cat(steps, 1) - expected).abs().max() < 0.15  # bf16: three digits, of values of order 1
+    finally:
+        decoder.autocast = False
+
+
+def broken_checkpoint(folder, change):
     random_hf_model("codellama").save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     change(weights)

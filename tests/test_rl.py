@@ -1,16 +1,24 @@
 """rl.py: the equations by hand, and what breaks silently in PPO."""
 
+import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
+import evaluate
 import rl
+import rollout
+import warmup
 from model import load
+from reward import DataError
 from rl import gae, policy_loss, value_loss, whiten
 from rollout import grade, sample
 
 PAD, EOS = 0, 1
+REWARDS = torch.arange(8.0)
 
 
 def metrics(run) -> list[dict]:
@@ -28,9 +36,9 @@ def train(toy_run, out, **flags):
 def rewards_that_differ(monkeypatch):
     """The barely trained checkpoint earns nothing; without rewards there would be no advantages and no gradient."""
 
-    def varied(rollout, problems, tokenizer, task):
-        texts, _ = grade(rollout, problems, tokenizer, task)
-        return texts, torch.tensor([(0.0, 1.0, 0.1)[n % 3] for n in range(len(texts))])
+    def varied(*args):
+        grades = grade(*args)
+        return grades._replace(rewards=torch.tensor([(0.0, 1.0, 0.1)[n % 3] for n in range(len(grades.texts))]))
 
     monkeypatch.setattr(rl, "grade", varied)
 
@@ -167,7 +175,7 @@ def test_eos_gets_a_gradient_and_padding_none(batch):
 
 def test_action_stats_are_the_log_softmax_of_the_full_model(batch):
     model, tokens, mask = batch
-    logp, values, entropy, _ = rl.action_stats(model, tokens, mask)
+    logp, values, entropy, _ = rl.action_stats(model, tokens, mask, diagnose=True)
     log_pi = model.logits(model(tokens)).log_softmax(-1)[:, :-1]
     expected = log_pi.gather(-1, tokens[:, 1:, None]).squeeze(-1) * mask
     assert (logp - expected).abs().max() < 1e-12
@@ -183,7 +191,7 @@ def test_every_ratio_is_1_at_skip_0_and_lr_0(toy_run, tmp_path):
         assert abs(record["policy_loss"]) < 1e-4  # minus the mean of whitened advantages times ratios of 1
 
 
-@pytest.mark.parametrize("correction", ["none", "truncated"])
+@pytest.mark.parametrize("correction", ["none", "truncated", "retrace", "prefix"])
 def test_micro_batch_size_does_not_change_the_update(toy_run, tmp_path, correction):
     runs = []
     for micro_batch in (1, 3, 64):
@@ -216,24 +224,80 @@ def test_the_mask_changes_from_batch_to_batch_and_the_run_repeats(toy_run, tmp_p
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
+def arguments_of_gae(monkeypatch) -> list[tuple]:
+    """What main passes to gae, batch by batch."""
+    calls, real = [], rl.gae
+    monkeypatch.setattr(rl, "gae", lambda *args: calls.append(args) or real(*args))
+    return calls
+
+
 def test_reward_and_kl_penalty_enter_as_equation_4(toy_run, tmp_path, monkeypatch):
-    seen = {}
-    real = rl.gae
-    monkeypatch.setattr(
-        rl, "gae", lambda rewards, *rest: seen.setdefault("r", (rewards, rest[1])) and real(rewards, *rest)
-    )
-    monkeypatch.setattr(rl, "grade", lambda rollout, *_: ([""] * 8, torch.arange(8.0)))
-    train(toy_run, tmp_path / "rl", kl_coef=0.0)
-    rewards, mask = seen["r"]
-    assert rewards.sum(1).tolist() == list(range(8))  # all of it, once a row
+    calls, rollouts = arguments_of_gae(monkeypatch), []
+    monkeypatch.setattr(rl, "grade", lambda *args: rollouts.append(args[0]) or grade(*args)._replace(rewards=REWARDS))
+    flags = {"steps": 2, "lr": 1e-2, "kl_coef": 0.5, "save_every": 1, "skip_ratio": 0.25, "dtype": "float64"}
+    saved = []
+    real_save = rl.save_checkpoint
+    monkeypatch.setattr(rl, "save_checkpoint", lambda out, m, t: saved.append(copy.deepcopy(m)) or real_save(out, m, t))
+    _, records = train(toy_run, tmp_path / "rl", **flags)
+    rewards, _, mask, *_ = calls[1]
+    with torch.no_grad():
+        logp_old, _ = rl.action_stats(saved[0], rollouts[1].tokens, mask)  # the policy after batch 1
+        logp_ref, _ = rl.action_stats(load(toy_run, None, "float64")[0], rollouts[1].tokens, mask)
+    expected = -0.5 * (logp_old - logp_ref)
     last = mask.long().cumsum(1).argmax(1)
-    assert rewards[torch.arange(8), last].tolist() == list(range(8))  # at the last token
+    expected[torch.arange(8), last] += REWARDS  # all of it at the last token
+    assert (rewards - expected).abs().max() < 1e-9
+    assert abs(records[1]["kl_ref"]) > 1e-3  # or the penalty was never seen
+
+
+@pytest.mark.parametrize("correction", ["retrace", "prefix"])
+def test_the_trace_reaches_the_advantages(toy_run, tmp_path, monkeypatch, correction):
+    calls, terms = arguments_of_gae(monkeypatch), []
+    real = rl.correction_terms
+    monkeypatch.setattr(rl, "correction_terms", lambda *args: terms.append(real(*args)) or terms[-1])
+    train(toy_run, tmp_path / "rl", correction=correction, skip_ratio=0.25, lam=0.9)
+    *_, gamma, lam, trace = calls[0]
+    assert torch.equal(trace, terms[0][1]) and (trace - 1).abs().max() > 1e-3
+    assert (gamma, lam) == (1.0, 1.0 if correction == "prefix" else 0.9)  # prefix sets lam to 1
+
+
+def test_value_coef_scales_the_value_loss_of_equation_11(toy_run, tmp_path, monkeypatch):
+    gradients = []
+    real = rl.optimizer_step
+    monkeypatch.setattr(
+        rl, "optimizer_step", lambda m, *rest: gradients.append(m.value_head.bias.grad.item()) or real(m, *rest)
+    )
+    for value_coef in (0.0, 1.0, 3.0):
+        train(toy_run, tmp_path / f"{value_coef}", value_coef=value_coef, ppo_epochs=1, minibatch=8, dtype="float64")
+    assert gradients[0] == 0 and gradients[1] != 0
+    assert gradients[2] == pytest.approx(3 * gradients[1], rel=1e-9)
+
+
+def test_one_warning_line_when_mu_is_far_from_pi(toy_run, tmp_path, capsys, monkeypatch):
+    real = rl.mismatch
+    monkeypatch.setattr(rl, "mismatch", lambda *args: real(*args) | {"kl_behav": 0.06})
+    train(toy_run, tmp_path / "rl", steps=3)
+    out = "".join(capsys.readouterr())
+    assert out.count("warning: at step 1 KL(mu||pi) is 0.060") == out.count("warning:") == 1
+    assert "--skip-ratio" in out and "--layer-dropout" in out
+    monkeypatch.setattr(rl, "mismatch", lambda *args: real(*args) | {"kl_behav": 0.04, "ess_tokens": 0.6})
+    train(toy_run, tmp_path / "rl", steps=3)
+    assert "warning:" not in "".join(capsys.readouterr())
 
 
 def test_kl_penalty_is_under_the_full_model(toy_run, tmp_path):
     # at step 1 the policy is the reference, so the penalty is 0 however far mu is from both
     _, records = train(toy_run, tmp_path / "rl", skip_ratio=0.25)
     assert abs(records[0]["kl_ref"]) < 1e-6 and abs(records[0]["log_ratio_max"]) > 1e-3
+
+
+def test_target_kl_behav_moves_the_number_of_skipped_layers(toy_run, tmp_path):
+    _, rising = train(toy_run, tmp_path / "a", steps=6, target_kl_behav=100.0)
+    counts = [len(record["skipped_layers"]) for record in rising]
+    assert counts[0] == 0 and counts == sorted(counts) and counts[-1] >= 2
+    _, falling = train(toy_run, tmp_path / "b", steps=6, skip_ratio=0.5, target_kl_behav=1e-9)
+    counts = [len(record["skipped_layers"]) for record in falling]
+    assert counts[0] == 4 and counts == sorted(counts, reverse=True) and counts[-1] <= 2
 
 
 def test_logp_behav_that_is_not_finite_raises(toy_run, tmp_path, monkeypatch):
@@ -247,13 +311,28 @@ def test_logp_behav_that_is_not_finite_raises(toy_run, tmp_path, monkeypatch):
         train(toy_run, tmp_path / "rl")
 
 
-def test_metrics_hold_what_the_readme_lists(toy_run, tmp_path):
+def test_metrics_are_those_that_the_readme_explains(toy_run, tmp_path):
     _, records = train(toy_run, tmp_path / "rl", eval_every=1, samples=2)
-    names = "step seconds reward accuracy length finished kl_ref kl_behav log_ratio_min log_ratio_mean log_ratio_max "
-    names += (
-        "clip_fraction explained_variance entropy grad_norm rollout_tokens_per_second rollout_seconds update_seconds"
-    )
-    assert set(names.split()) | {"greedy_accuracy"} <= set(records[0])
+    readme = (Path(rl.__file__).parent / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## What is logged")[1].split("\n## ")[0]
+    first_cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    explained = set(re.findall(r"`(\w+)`", " ".join(first_cells)))
+    assert explained == set(records[0]) | {"loss", "lr", "tokens_per_second"}  # these three are warmup.py's
     for file in ("config.json", "model.safetensors", "value_head.pt", "run.json", "evaluation.json", "curves.png"):
         assert (tmp_path / "rl" / file).stat().st_size > 0
-    assert ">>>" in (tmp_path / "rl" / "samples.txt").read_text()
+    assert ">>>" in (tmp_path / "rl" / "samples.txt").read_text(encoding="utf-8")
+
+
+def test_program_chains_of_thought_go_through_all_stages(tmp_path):
+    try:
+        warm = warmup.Config(out=str(tmp_path / "w"), engine="python", steps=2, limit=40, max_new_tokens=12)
+    except DataError as refusal:
+        pytest.skip(str(refusal))
+    warmup.main(warm)
+    _, records = train(tmp_path / "w", tmp_path / "rl", engine="python")
+    shares = {outcome: records[0][outcome] for outcome in rollout.OUTCOMES[1:]}
+    assert sum(shares.values()) == pytest.approx(1) and shares["no_answer"] == 0  # none was right
+    config = evaluate.Config(
+        runs=(str(tmp_path / "rl"),), out=str(tmp_path), limit=5, samples=2
+    )  # engine: from run.json
+    assert evaluate.main(config)[0]["pass@2"] == 0

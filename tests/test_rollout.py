@@ -1,12 +1,14 @@
 """rollout.py: what is sampled, what is recorded of it, and that neither depends on the batch."""
 
+import json
+
 import pytest
 import torch
 from families import CONFIGS, random_hf_model
 
 from model import Decoder, load
 from reward import Problem
-from rollout import Rollout, draw, exact_kl_behav, grade, prompt_seeds, sample, token_logp
+from rollout import Config, Rollout, SharedConfig, draw, exact_kl_behav, grade, main, prompt_seeds, sample, token_logp
 
 INNER = torch.tensor([False, True, False, False])
 PROMPTS = [torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 9, 3, 12)]
@@ -134,8 +136,23 @@ def test_a_cut_completion_earns_nothing(toy_run):
     tokens = torch.tensor([[5, *text], [5, *text]])
     ends = torch.full((2,), tokens.shape[1])
     rollout = Rollout(tokens, torch.ones(2, dtype=torch.int64), ends, None, None, torch.tensor([True, False]), None)
-    texts, rewards = grade(rollout, [Problem("q", "", "8")], tokenizer, "toy")
+    texts, answers, outcomes, rewards = grade(rollout, [Problem("q", "", "8")], tokenizer, SharedConfig())
     assert rewards.tolist() == [1.0, 0.0] and texts[0] == texts[1]
+    assert answers == ["8", None] and outcomes == ["right", "cut"]
+
+
+def test_programs_are_run_and_graded_by_what_they_return(toy_run):
+    _, tokenizer, _ = load(toy_run, None, None)
+    bodies = ("return 4 + 4", "return 7", "return 'eight'", "while True: pass", "return 8")
+    rows = [tokenizer(f"def solution():\n    {body}").input_ids for body in bodies]
+    ends = torch.tensor([1 + len(row) for row in rows])
+    tokens = torch.tensor([[5, *row, *[0] * (int(ends.max()) - 1 - len(row))] for row in rows])
+    ended = torch.tensor([True] * 4 + [False])
+    rollout = Rollout(tokens, torch.ones(5, dtype=torch.int64), ends, None, None, ended, None)
+    grades = grade(rollout, [Problem("q", "", "8")], tokenizer, SharedConfig(engine="python"))
+    assert grades.rewards.tolist() == pytest.approx([1.0, 0.1, 0.0, 0.0, 0.0])
+    assert grades.outcomes == ["right", "wrong", "error", "timeout", "cut"]
+    assert grades.answers == ["8", "7", None, None, None]
 
 
 def test_kl_behav_is_exact_over_the_vocabulary(decoder):
@@ -154,3 +171,17 @@ def test_prompts_beyond_the_context_are_refused(decoder):
         run(decoder, max_new_tokens=40000)
     with pytest.raises(ValueError, match="empty"):
         run(decoder, [[1], []])
+
+
+def test_the_script_prints_a_row_a_ratio_beside_the_full_model(toy_run, tmp_path, capsys):
+    config = Config(
+        model=str(toy_run), out=str(tmp_path), skip_ratios=[0.25], limit=6, rounds=2, max_new_tokens=8, max_rows=4
+    )
+    full, nested = main(config)
+    assert (full["skip_ratio"], nested["skip_ratio"], nested["layers_skipped"]) == (0.0, 0.25, 2)
+    assert full["speed_up"] == full["ideal_speed_up"] == 1 and nested["ideal_speed_up"] == 8 / 6
+    assert full["kl_behav"] == 0 < nested["kl_behav"] and 0 <= nested["accuracy"] <= 1
+    assert nested["speed_up"] == pytest.approx(nested["tokens_per_second"] / full["tokens_per_second"])
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("0")]) == 2
+    assert json.loads((tmp_path / "rollout.json").read_text())[1] == nested
+    assert (tmp_path / "rollout.png").stat().st_size > 0

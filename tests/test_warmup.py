@@ -12,7 +12,7 @@ from evaluate import read_metrics
 from model import load
 from reward import DataError, load_problems
 from rollout import token_logp
-from warmup import batch_indices, collate, encode_examples, micro_batches
+from warmup import batch_indices, collate, encode_examples, micro_batches, next_command
 
 
 def weights(run, dtype="float64"):
@@ -24,7 +24,7 @@ def train(out, **flags):
     return out
 
 
-def test_the_loss_counts_the_completion_with_eos_and_nothing_else(toy_run):
+def test_the_loss_counts_the_completion_with_eos_and_nothing_else(toy_run, tmp_path):
     model, tokenizer, (eos,) = load(toy_run, None, "float64")
     problems = load_problems("toy", "train", limit=3)
     examples = encode_examples(problems, tokenizer, model, eos, "nl")
@@ -37,6 +37,8 @@ def test_the_loss_counts_the_completion_with_eos_and_nothing_else(toy_run):
     with torch.no_grad():
         logp = token_logp(model.logits(model(tokens))[:, :-1], tokens[:, 1:])
     expected = -sum(logp[n][mask[n]].sum() for n in range(3)) / mask.sum()
+    train(tmp_path / "one", model=str(toy_run), steps=1, limit=3, batch=3, lr=0.0, layer_dropout=0.0)
+    assert read_metrics(tmp_path / "one")[0]["loss"] == pytest.approx(expected.item(), abs=1e-12)
     losses = []
     for row, (prompt, completion) in enumerate(examples):  # one by one, without padding
         alone = torch.tensor([prompt + completion])
@@ -96,6 +98,21 @@ def test_pretrained_checkpoints_continue_training(toy_run, tmp_path):
     assert sum(changed) > len(changed) / 2
 
 
+def test_the_next_command_carries_the_flags_of_this_run(toy_run):
+    assert next_command(warmup.Config()) == "python rl.py --skip-ratio 0.25"
+    config = warmup.Config(model=str(toy_run), out="runs/x", task="svamp", data="a.jsonl", engine="nl")
+    assert next_command(config) == "python rl.py --skip-ratio 0.1 --model runs/x --task svamp --data a.jsonl"
+
+
+def test_checkpoints_on_the_way_can_be_opened(tmp_path, monkeypatch):
+    saved = []
+    real = warmup.save_checkpoint
+    monkeypatch.setattr(warmup, "save_checkpoint", lambda out, *rest: real(out, *rest) or saved.append(weights(out)))
+    train(tmp_path, steps=5, save_every=2)
+    assert len(saved) == 3  # after 2, 4 and at the end
+    assert not torch.equal(saved[0][0], saved[1][0]) and not torch.equal(saved[1][0], saved[2][0])
+
+
 def test_problems_without_a_chain_of_thought_are_refused(tmp_path, toy_run):
     rows = [{"item_id": "a", "question": "What is 1 + 1?", "answer_value": "2"}] * 2
     file = tmp_path / "train.jsonl"
@@ -115,7 +132,7 @@ def test_problems_without_a_chain_of_thought_are_refused(tmp_path, toy_run):
 def test_end_to_end_reinforcement_learns_which_reasoning_pays(tmp_path):
     """The main job, shortened: RL with skipped layers makes much more of a warm-up that imitates both annotators."""
     supervised = warmup.main(warmup.Config(out=str(tmp_path / "warmup"), steps=1000))
-    flags = {"model": str(tmp_path / "warmup"), "skip_ratio": 0.25, "steps": 12, "lr": 2e-4}
+    flags = {"model": str(tmp_path / "warmup"), "skip_ratio": 0.25, "steps": 10, "lr": 2e-4}
     reinforced = rl.main(rl.Config(out=str(tmp_path / "rl"), **flags))
     assert reinforced["greedy_accuracy"] > supervised["greedy_accuracy"] + 0.15
     records = read_metrics(tmp_path / "rl")
