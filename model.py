@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from reward import DataError
+from reward import InputError
 
 ARCHITECTURES = {  # model_type -> the transformers class that opens what we save
     "llama": "LlamaForCausalLM",
@@ -65,10 +65,10 @@ class ModelConfig:
 
 
 def read_config(hf: PreTrainedConfig) -> ModelConfig:
-    """Translate a Hugging Face config; raises DataError for any feature that this decoder would silently leave out."""
+    """Translate a Hugging Face config; raises InputError for any feature that this decoder would silently leave out."""
 
     def refuse(feature: str):
-        raise DataError(f"{hf.model_type} config: {feature} is not supported by model.py; use a checkpoint without it")
+        raise InputError(f"{hf.model_type} config: {feature} is not supported by model.py; use a checkpoint without it")
 
     check_architecture(hf.model_type)
     if getattr(hf, "quantization_config", None):
@@ -137,9 +137,9 @@ def read_config(hf: PreTrainedConfig) -> ModelConfig:
 
 
 def check_architecture(model_type: str | None):
-    """DataError for a model type that this decoder does not know."""
+    """InputError for a model type that this decoder does not know."""
     if model_type not in ARCHITECTURES:
-        raise DataError(f"unknown architecture {model_type!r}; supported model types: {', '.join(ARCHITECTURES)}")
+        raise InputError(f"unknown architecture {model_type!r}; supported model types: {', '.join(ARCHITECTURES)}")
 
 
 def make_norm(config: ModelConfig, size: int) -> nn.Module:
@@ -414,7 +414,7 @@ def hf_views(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def read_weights(folder: Path, views: dict[str, Tensor]):
-    """Copy a checkpoint (one file or sharded, safetensors or .bin) into `views`; DataError names what does not fit."""
+    """Copy a checkpoint (one file or sharded, safetensors or .bin) into `views`; InputError names what does not fit."""
     missing, tied_head = set(views), None
     for file in weight_files(folder):
         with named_in_errors(file):
@@ -425,18 +425,20 @@ def read_weights(folder: Path, views: dict[str, Tensor]):
                 if name == "lm_head.weight":
                     tied_head = tensor
                 elif not name.endswith("rotary_emb.inv_freq"):  # made from config.json
-                    raise DataError(f"{file}: tensor {name} has no place in this model; does config.json belong to it?")
+                    raise InputError(
+                        f"{file}: tensor {name} has no place in this model; does config.json belong to it?"
+                    )
                 continue
             if tensor.shape != views[name].shape:
-                raise DataError(f"{file}: {name} is {list(tensor.shape)}, config.json wants {list(views[name].shape)}")
+                raise InputError(f"{file}: {name} is {list(tensor.shape)}, config.json wants {list(views[name].shape)}")
             views[name].copy_(tensor)
             missing.discard(name)
     if missing:
-        raise DataError(f"{folder}: {len(missing)} weights are missing, among them {min(missing)}")
+        raise InputError(f"{folder}: {len(missing)} weights are missing, among them {min(missing)}")
     if tied_head is not None:
         embedding = next(view for name, view in views.items() if name.endswith("embed_tokens.weight"))
         if not torch.equal(embedding, tied_head.to(embedding)):
-            raise DataError(f"{folder}: tie_word_embeddings is true in config.json, but lm_head.weight differs")
+            raise InputError(f"{folder}: tie_word_embeddings is true in config.json, but lm_head.weight differs")
 
 
 @contextlib.contextmanager
@@ -444,11 +446,11 @@ def named_in_errors(file: Path):
     """Whatever a library says of a broken file becomes one line that names it."""
     try:
         yield
-    except DataError:
+    except InputError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{file}: cannot be read ({type(error).__name__}: {reason})") from error
+        raise InputError(f"{file}: cannot be read ({type(error).__name__}: {reason})") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -459,7 +461,7 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / shard for shard in sorted(set(read_json(index)["weight_map"].values()))]
         if (folder / single).exists():
             return [folder / single]
-    raise DataError(f"{folder}: no model.safetensors and no pytorch_model.bin, whole or sharded")
+    raise InputError(f"{folder}: no model.safetensors and no pytorch_model.bin, whole or sharded")
 
 
 def find_checkpoint(source: str | Path) -> Path:
@@ -467,7 +469,7 @@ def find_checkpoint(source: str | Path) -> Path:
     folder = Path(source)
     if folder.is_dir() or folder.is_file():
         if not (folder / "config.json").exists():
-            raise DataError(f"{folder}: not a checkpoint (a folder with config.json)")
+            raise InputError(f"{folder}: not a checkpoint (a folder with config.json)")
         return folder
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "value_head.pt"]
     try:
@@ -476,7 +478,7 @@ def find_checkpoint(source: str | Path) -> Path:
             found = Path(snapshot_download(str(source), allow_patterns=[*patterns, "pytorch_model*.bin"]))
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        raise DataError(
+        raise InputError(
             f"{source}: no such folder, and the hub did not answer ({reason}); name a local folder"
         ) from error
     return found
@@ -488,16 +490,16 @@ def load_tokenizer(source: str | Path, decoder: Decoder):
     with named_in_errors(folder / "tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer("0").input_ids:  # what transformers makes of a folder without tokenizer files
-        raise DataError(f"{source}: no tokenizer files")
+        raise InputError(f"{source}: no tokenizer files")
     if len(tokenizer) > decoder.config.vocab_size:
-        raise DataError(
+        raise InputError(
             f"{source}: {len(tokenizer)} tokens in the tokenizer, {decoder.config.vocab_size} in the embedding"
         )
     for ids in ((decoder.generation_config or {}).get("eos_token_id"), decoder.hf_config.eos_token_id):
         if ids is not None:
             return tokenizer, list(ids) if isinstance(ids, list) else [ids]
     if tokenizer.eos_token_id is None:
-        raise DataError(f"{source}: no end-of-sequence token in generation_config.json, config.json or the tokenizer")
+        raise InputError(f"{source}: no end-of-sequence token in generation_config.json, config.json or the tokenizer")
     return tokenizer, [tokenizer.eos_token_id]
 
 
@@ -508,7 +510,7 @@ def sample_skip(num_layers: int, skip_ratio: float, generator: torch.Generator |
     """
     count = round(skip_ratio * num_layers)
     if not 0 <= count <= max(num_layers - 3, 0):
-        raise DataError(
+        raise InputError(
             f"--skip-ratio {skip_ratio:g} would skip {count} of {num_layers} layers: "
             f"the first, the last and one inner layer stay, so at most {max(num_layers - 3, 0) / num_layers:.3f}"
         )
@@ -518,11 +520,11 @@ def sample_skip(num_layers: int, skip_ratio: float, generator: torch.Generator |
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file; DataError names the file where it is broken."""
+    """A JSON file; InputError names the file where it is broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error})") from error
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
 
 
 def write_json(path: Path, value: dict):
@@ -537,7 +539,7 @@ def pick_device(name: str | None) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise DataError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from error
+        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from error
     return torch.device(name)
 
 

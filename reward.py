@@ -31,8 +31,8 @@ from typing import NamedTuple
 TASKS = ("toy", "gsm8k", "svamp", "mathqa", "mathqa-numeric")
 
 
-class DataError(ValueError):
-    """Problems cannot be loaded. The message is one line: what is wrong, where (file:line), what to do."""
+class InputError(ValueError):
+    """Data, flags or files that cannot be used, in one line: what is wrong, where, what to do. Scripts exit with 2."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ HUB = {
 def load_problems(
     task: str, split: str, path: str | None = None, limit: int | None = None, engine: str = "nl"
 ) -> list[Problem]:
-    """The first `limit` problems of a split. Raises DataError.
+    """The first `limit` problems of a split. Raises InputError.
 
     task: one of TASKS. split: "train", "validation" or "test"; a local file is one split and is read whole.
     path: a .json or .jsonl file, or a hub id; None is the usual hub dataset of the task. Rows have the fields of that
@@ -274,12 +274,12 @@ def load_problems(
     engine: "nl" for chains of thought in words, "python" for programs.
     """
     if task not in TASKS:
-        raise DataError(f"unknown task {task!r}: name one of {', '.join(TASKS)}")
+        raise InputError(f"unknown task {task!r}: name one of {', '.join(TASKS)}")
     if limit is not None and limit < 1:
-        raise DataError(f"limit {limit}: load at least one problem")
+        raise InputError(f"limit {limit}: load at least one problem")
     if task == "toy":
         if path is not None:
-            raise DataError(f"{path}: the problems of task toy are generated, they are not read from data")
+            raise InputError(f"{path}: the problems of task toy are generated, they are not read from data")
         return toy_problems(split, limit, engine)
     source = path or HUB[task][0]
     is_file = path is not None and (path.endswith((".json", ".jsonl")) or Path(path).exists())
@@ -291,7 +291,7 @@ def load_problems(
         if len(problems) == limit:
             break
     if not problems:
-        raise DataError(f"{source}: none of its {rows} rows is a problem for task {task}")
+        raise InputError(f"{source}: none of its {rows} rows is a problem for task {task}")
     if len(problems) < rows:
         print(f"{source}: left out {rows - len(problems)} of {rows} rows, whose right option is not one number")
     return problems
@@ -302,7 +302,7 @@ def read_file(path: str) -> Iterator[tuple[str, object]]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     is_array = text.lstrip().startswith("[")
     for number, line in enumerate([text] if is_array else text.split("\n"), 1):  # splitlines() would split JSON texts
         if not line.strip():
@@ -311,7 +311,7 @@ def read_file(path: str) -> Iterator[tuple[str, object]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             at = number + getattr(error, "lineno", 1) - 1
-            raise DataError(f"{path}:{at}: not JSON: {error}; give one object a line, or one array") from error
+            raise InputError(f"{path}:{at}: not JSON: {error}; give one object a line, or one array") from error
         if is_array:
             yield from ((f"{path}: row {i}", item) for i, item in enumerate(row, 1))
         else:
@@ -327,7 +327,7 @@ def read_hub(name: str, task: str, split: str) -> Iterator[tuple[str, object]]:
         rows = datasets.load_dataset(name, config if name == usual else None, split=split)
     except Exception as error:  # no network, no such dataset, no such split, ...: the way out is the same
         reason = str(error).partition("\n")[0]
-        raise DataError(f"{name}, {split}: {reason}; name another dataset, or a local .json or .jsonl file") from error
+        raise InputError(f"{name}, {split}: {reason}; name another dataset, or a local .json or .jsonl file") from error
     yield from ((f"{name}, {split} row {i}", row) for i, row in enumerate(rows, 1))
 
 
@@ -338,7 +338,7 @@ def to_problem(row: object, task: str, split: str, engine: str, where: str) -> P
         value = row.get(name) if isinstance(row, dict) else None
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             fields = f"{HUB[task][2]}, or ReFT's question, answer_cot, answer_value"
-            raise DataError(f"{where}: field {name!r} is missing or no text; a row for {task} has {fields}")
+            raise InputError(f"{where}: field {name!r} is missing or no text; a row for {task} has {fields}")
         return str(value).strip()
 
     options, is_reft = None, isinstance(row, dict) and "answer_value" in row
@@ -350,7 +350,7 @@ def to_problem(row: object, task: str, split: str, engine: str, where: str) -> P
     elif task == "gsm8k":
         question, (cot, mark, answer) = field("question"), field("answer").rpartition("####")
         if not mark:
-            raise DataError(f"{where}: 'answer' does not end in a line '#### <number>'")
+            raise InputError(f"{where}: 'answer' does not end in a line '#### <number>'")
         cot = re.sub(r"<<[^<>\n]*>>", "", cot).strip()
     elif task == "svamp":
         question = field("question_concat") if "question_concat" in row else f"{field('Body')} {field('Question')}"
@@ -361,7 +361,7 @@ def to_problem(row: object, task: str, split: str, engine: str, where: str) -> P
         answer = field("correct").lower()
         values = {letter: value for letter, _, value in read_options(options)}
         if answer not in values:
-            raise DataError(f"{where}: 'correct' is {answer!r}; it must name one of five options a ) to e )")
+            raise InputError(f"{where}: 'correct' is {answer!r}; it must name one of five options a ) to e )")
         if task == "mathqa":
             question += f"\n{options}"
         elif values[answer] is None:
@@ -371,15 +371,15 @@ def to_problem(row: object, task: str, split: str, engine: str, where: str) -> P
 
     if engine == "python" and not is_reft:
         if split == "train":
-            raise DataError(f"{where}: no program in it; for engine python name data of ReFT, or use task toy")
+            raise InputError(f"{where}: no program in it; for engine python name data of ReFT, or use task toy")
         cot = ""
     if cot and engine != ("python" if "def solution(" in cot else "nl"):
-        raise DataError(f"{where}: this chain of thought is not for engine {engine}; programs are for engine python")
+        raise InputError(f"{where}: this chain of thought is not for engine {engine}; programs are for engine python")
     if not question:
-        raise DataError(f"{where}: the question is empty")
+        raise InputError(f"{where}: the question is empty")
     if score(f"#### {answer}", answer, task, options) != 1.0:
         kind = "a letter a-e" if task == "mathqa" else "one number"
-        raise DataError(f"{where}: the answer {answer.strip()!r} is not {kind}")
+        raise InputError(f"{where}: the answer {answer.strip()!r} is not {kind}")
     return Problem(question, cot, answer.lower().replace(",", "").strip(), options)
 
 
@@ -401,7 +401,7 @@ def toy_problems(split: str, limit: int | None, engine: str) -> list[Problem]:
     """
     size = TOY_SIZES[split] if limit is None else limit
     if size > TOY_SIZES[split]:
-        raise DataError(f"limit {limit}: toy {split} has {TOY_SIZES[split]} problems")
+        raise InputError(f"limit {limit}: toy {split} has {TOY_SIZES[split]} problems")
     rng = random.Random(f"toy {split}")
     problems: dict[str, Problem] = {}
     while len(problems) < size:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from evaluate import draw_curves, evaluate, report
 from model import Decoder, load, sample_skip, write_json
-from reward import DataError, Problem, load_problems
+from reward import InputError, Problem, load_problems
 from rollout import (
     OUTCOMES,
     Rollout,
@@ -114,7 +114,7 @@ class Config(TrainConfig):
 def main(config: Config) -> dict:
     """Train, evaluate on the test problems, save; returns what evaluation.json holds."""
     if config.model == "runs/warmup" and not Path(config.model).exists():
-        raise DataError(
+        raise InputError(
             f"{config.model} does not exist: run `python warmup.py` first, or name a checkpoint with --model"
         )
     problems = load_problems(config.task, "train", config.data, config.limit, config.engine)

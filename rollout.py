@@ -28,8 +28,8 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from model import Decoder, load, sample_skip, write_json
-from reward import TASKS, DataError, Problem, extract_answer, load_problems, make_prompt, score
-from sandbox import execute
+from reward import TASKS, InputError, Problem, extract_answer, load_problems, make_prompt, score
+from sandbox import execute, score_number
 
 
 @dataclass(frozen=True)
@@ -174,13 +174,13 @@ def prefill(
 def encode_prompts(problems: list[Problem], tokenizer, model: Decoder, max_new_tokens: int) -> list[list[int]]:
     """Token ids of every prompt, with the special tokens (BOS) that the tokenizer puts in front.
 
-    DataError names the first problem that leaves no room for max_new_tokens in the context.
+    InputError names the first problem that leaves no room for max_new_tokens in the context.
     """
     prompts = tokenizer([make_prompt(problem) for problem in problems]).input_ids
     room = model.config.max_positions - max_new_tokens
     for number, (prompt, problem) in enumerate(zip(prompts, problems, strict=True), 1):
         if len(prompt) > room:
-            raise DataError(
+            raise InputError(
                 f"problem {number} ({problem.question[:40]!r}...) has {len(prompt)} tokens: the model's context of "
                 f"{model.config.max_positions} less {max_new_tokens} new ones holds {room}; leave it out"
             )
@@ -209,14 +209,17 @@ def grade(rollout: Rollout, problems: list[Problem], tokenizer, config: "SharedC
     answers, outcomes, rewards = [], [], []
     for n, (text, done) in enumerate(zip(texts, finished, strict=True)):
         problem = problems[n // num_samples]
-        status = "ok" if done else "cut"
+        status, answer, reward = "cut", None, 0.0
         if done and config.engine == "python":
             status, answer = next(ran)
-            text = f"#### {answer}"  # what solution() returned, read by the same grammar as words
-        ok = status == "ok"
-        rewards.append(score(text, problem.answer, config.task, problem.options) if ok else 0.0)
-        answers.append(extract_answer(text, config.task, problem.options) if ok else None)
-        outcomes.append({1.0: "right", 0.1: "wrong", 0.0: "no_answer"}[rewards[-1]] if ok else status)
+            if status == "ok":
+                reward = score_number(answer, problem.answer, config.task, problem.options)  # eq. (3)
+        elif done:
+            status, answer = "ok", extract_answer(text, config.task, problem.options)
+            reward = score(text, problem.answer, config.task, problem.options)  # eq. (3)
+        answers.append(answer)
+        outcomes.append({1.0: "right", 0.1: "wrong", 0.0: "no_answer"}[reward] if status == "ok" else status)
+        rewards.append(reward)
     return Grades(texts, answers, outcomes, torch.tensor(rewards, device=rollout.tokens.device))
 
 
@@ -269,7 +272,7 @@ class SharedConfig:
 def check(config, name: str, holds: bool, rule: str):
     """A value out of range ends the program before anything is read or written."""
     if not holds:
-        raise DataError(f"--{name.replace('_', '-')} is {getattr(config, name)}, it must be {rule}")
+        raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}, it must be {rule}")
 
 
 def run_script(main, config_class, parser: HfArgumentParser | None = None):
@@ -277,7 +280,7 @@ def run_script(main, config_class, parser: HfArgumentParser | None = None):
     parser = parser or HfArgumentParser(config_class, allow_abbrev=False)
     try:
         main(config_class(**vars(parser.parse_args())))
-    except DataError as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

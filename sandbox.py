@@ -48,7 +48,7 @@ from numbers import Integral, Rational, Real
 from pathlib import Path
 from typing import NamedTuple
 
-from reward import DataError, read_number, score
+from reward import InputError, read_number, score
 
 WALL_SECONDS = 3
 CPU_SECONDS = 2
@@ -78,7 +78,7 @@ class Outcome(NamedTuple):
 def execute(programs: list[str], unsafe: bool = False) -> list[Outcome]:
     """Run programs, one a core at a time, from any thread.
 
-    Raises DataError where the system cannot hold programs back, unless unsafe: then only the limits do.
+    Raises InputError where the system cannot hold programs back, unless unsafe: then only the limits do.
     """
     with ThreadPoolExecutor(CORES) as pool:
         return list(pool.map(lambda program: run_program(program, unsafe), programs))
@@ -95,7 +95,7 @@ def score_programs(programs: list[str], golds: list[str], task: str, unsafe: boo
     return [0.0 if answer is None else score_number(answer, gold, task) for answer, gold in pairs]
 
 
-def score_number(answer: str, gold: str, task: str) -> float:
+def score_number(answer: str, gold: str, task: str, options: str | None = None) -> float:
     """reward.score, but a program may also miss a whole gold by 1e-4 of it, with a result that is not whole.
 
     Programs compute with rounded numbers: ReFT's data have one that takes 0.6667 for 2/3 and gets 8.99955, where 9 is
@@ -104,7 +104,7 @@ def score_number(answer: str, gold: str, task: str) -> float:
     number, right = read_number(answer), read_number(gold)
     if right and number.value.denominator > 1 and abs(number.value - right.value) <= abs(right.value) / 10**4:
         return 1.0
-    return score(f"#### {answer}", gold, task)
+    return score(f"#### {answer}", gold, task, options)
 
 
 class Server(NamedTuple):
@@ -133,7 +133,7 @@ def run_program(program: str, unsafe: bool) -> Outcome:
     if server.refusal and not unsafe:
         idle.append(server)
         way_out = "run on Linux with seccomp, or with --unsafe-exec let programs do to your files what they like"
-        raise DataError(f"model-written programs cannot be held back here: {server.refusal}; {way_out}")
+        raise InputError(f"model-written programs cannot be held back here: {server.refusal}; {way_out}")
     reply = ask(server, struct.pack("<I", len(text)) + text, WALL_SECONDS + GRACE_SECONDS)
     if reply and hasattr(os, "fork"):
         idle.append(server)
@@ -178,7 +178,7 @@ def start_server(kind: str) -> Server:
     ready = ask(Server(process, ""), b"", START_SECONDS)
     if ready is None:
         stop(Server(process, ""))
-        raise DataError(f"no server for programs: {sys.executable} ended with {process.returncode} at its start")
+        raise InputError(f"no server for programs: {sys.executable} ended with {process.returncode} at its start")
     return Server(process, ready[1])
 
 

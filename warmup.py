@@ -23,7 +23,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from evaluate import draw_curves, evaluate, report
 from model import Decoder, load, pick_device, sample_skip, write_json
-from reward import DataError, Problem, load_problems, make_prompt, make_target
+from reward import InputError, Problem, load_problems, make_prompt, make_target
 from rollout import SharedConfig, check, encode_prompts, flag, run_script, token_logp
 
 TOY = {"batch": 32, "lr": 4e-3, "beta2": 0.95, "weight_decay": 0.1, "layer_dropout": 0.5, "epochs": 0.9}
@@ -92,7 +92,7 @@ def main(config: Config) -> dict:
     test_problems = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
     without = sum(not problem.cot for problem in problems)
     if without:
-        raise DataError(
+        raise InputError(
             f"{without} of {len(problems)} training problems have no chain of thought; warm-up needs one each"
         )
     if config.model is None:
@@ -103,7 +103,9 @@ def main(config: Config) -> dict:
     encode_prompts(test_problems, tokenizer, model, config.max_new_tokens)  # too long? now, not after the training
     num_layers = len(model.layers)
     if config.layer_dropout and not 0 <= round(DROPPED_SHARE * num_layers) <= num_layers - 3:
-        raise DataError(f"--layer-dropout {config.layer_dropout} needs more than the {num_layers} layers of this model")
+        raise InputError(
+            f"--layer-dropout {config.layer_dropout} needs more than the {num_layers} layers of this model"
+        )
     optimizer = make_optimizer(model, config.weight_decay, config.beta2)
     steps = config.steps or max(1, round(config.epochs * len(problems) / config.batch))
     out = start_run(config)
@@ -208,7 +210,7 @@ def encode_examples(
     targets = tokenizer([make_target(problem, engine) for problem in problems], add_special_tokens=False).input_ids
     for number, (prompt, target) in enumerate(zip(prompts, targets, strict=True), 1):
         if len(prompt) + len(target) + 1 > model.config.max_positions:
-            raise DataError(
+            raise InputError(
                 f"training problem {number} has {len(prompt) + len(target) + 1} tokens with its chain of thought, "
                 f"the model's context {model.config.max_positions}; leave it out"
             )

@@ -10,7 +10,7 @@ import evaluate
 import rl
 import rollout
 import warmup
-from reward import DataError
+from reward import InputError
 from rollout import run_script
 
 SCRIPTS = {"warmup": warmup, "rl": rl, "rollout": rollout, "evaluate": evaluate}
@@ -127,7 +127,7 @@ def test_an_unreachable_hub_id_says_how_to_use_a_folder(monkeypatch, tmp_path):
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="folder"):
+    with pytest.raises(InputError, match="folder"):
         find_checkpoint("nobody/no-such-model-here")
 
 
@@ -142,8 +142,8 @@ def test_a_question_longer_than_the_context_is_named(tmp_path, toy_run):
         "test_data": str(file),
         "out": str(tmp_path / "o"),
     }
-    with pytest.raises(DataError, match="context"):
+    with pytest.raises(InputError, match="context"):
         warmup.main(warmup.Config(**flags))
-    with pytest.raises(DataError, match="context"):
+    with pytest.raises(InputError, match="context"):
         rl.main(rl.Config(**flags))
     assert not (tmp_path / "o").exists()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen2Config
 
 from model import Decoder, load, load_tokenizer, sample_skip
-from reward import DataError
+from reward import InputError
 
 MASKS = {"none": (), "inner": (1, 2), "first": (0,), "last": (3,), "first and last": (0, 3)}
 
@@ -162,7 +162,7 @@ def test_sample_skip_is_uniform_among_inner_layers():
 
 @pytest.mark.parametrize("ratio", [0.75, 1.0, -0.5])
 def test_sample_skip_refuses_to_skip_every_inner_layer(ratio):
-    with pytest.raises(DataError, match="--skip-ratio"):
+    with pytest.raises(InputError, match="--skip-ratio"):
         sample_skip(8, ratio)
 
 
@@ -182,14 +182,14 @@ BAD_CONFIGS = {
 
 @pytest.mark.parametrize(("make", "named"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
 def test_a_config_feature_that_would_be_ignored_is_refused(make, named):
-    with pytest.raises(DataError, match=named):
+    with pytest.raises(InputError, match=named):
         Decoder(make())
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "foobar"])  # transformers knows one and not the other
 def test_unknown_architecture_names_the_supported_ones(model_type, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(DataError, match=rf"{model_type}.*llama, qwen2, qwen3, opt"):
+    with pytest.raises(InputError, match=rf"{model_type}.*llama, qwen2, qwen3, opt"):
         Decoder.from_pretrained(tmp_path)
 
 
@@ -207,13 +207,13 @@ def test_unknown_architecture_names_the_supported_ones(model_type, tmp_path):
 def test_a_broken_file_is_named(file, text, toy_run, tmp_path):
     folder = shutil.copytree(toy_run, tmp_path / "run")
     (folder / file).write_text(text)
-    with pytest.raises(DataError, match=r"gone\.safetensors" if "index" in file else file.replace(".", r"\.")):
+    with pytest.raises(InputError, match=r"gone\.safetensors" if "index" in file else file.replace(".", r"\.")):
         load(folder, None, None)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     Decoder(CONFIGS["qwen2"]()).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="tokenizer"):
+    with pytest.raises(InputError, match="tokenizer"):
         load(tmp_path, None, None)
 
 
@@ -224,7 +224,7 @@ def test_a_head_that_is_said_to_be_tied_and_is_not_is_refused(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     Decoder.from_pretrained(tmp_path)  # a copy of the embedding is no contradiction
     save_file(weights | {"lm_head.weight": weights["lm_head.weight"] + 1}, tmp_path / "model.safetensors")
-    with pytest.raises(DataError, match="tie_word_embeddings"):
+    with pytest.raises(InputError, match="tie_word_embeddings"):
         Decoder.from_pretrained(tmp_path)
 
 
@@ -266,11 +266,11 @@ def broken_checkpoint(folder, change):
 
 def test_missing_misshapen_and_foreign_weights_are_named(tmp_path):
     name = "model.layers.2.mlp.up_proj.weight"
-    with pytest.raises(DataError, match=f"missing.*{name}"):
+    with pytest.raises(InputError, match=f"missing.*{name}"):
         Decoder.from_pretrained(broken_checkpoint(tmp_path / "a", lambda w: w.pop(name)))
-    with pytest.raises(DataError, match=rf"{name} is \[3, 3\].*\[48, 32\]"):
+    with pytest.raises(InputError, match=rf"{name} is \[3, 3\].*\[48, 32\]"):
         Decoder.from_pretrained(broken_checkpoint(tmp_path / "b", lambda w: w.update({name: torch.zeros(3, 3)})))
-    with pytest.raises(DataError, match=r"up_proj.bias"):
+    with pytest.raises(InputError, match=r"up_proj.bias"):
         foreign = name.replace("weight", "bias")
         Decoder.from_pretrained(broken_checkpoint(tmp_path / "c", lambda w: w.update({foreign: torch.zeros(48)})))
 
@@ -287,5 +287,5 @@ def test_eos_comes_from_generation_config_then_config_then_tokenizer(tmp_path, t
 
 
 def test_a_vocabulary_larger_than_the_embedding_is_refused(toy_run):
-    with pytest.raises(DataError, match="tokenizer"):
+    with pytest.raises(InputError, match="tokenizer"):
         load_tokenizer(toy_run, Decoder(CONFIGS["qwen2"]()))

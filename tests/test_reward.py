@@ -18,7 +18,7 @@ from reward import (
     TASKS,
     TOY_SIZES,
     TOY_THINGS,
-    DataError,
+    InputError,
     Problem,
     extract_answer,
     load_problems,
@@ -371,7 +371,7 @@ def test_mathqa_numeric_says_how_many_rows_it_leaves_out(tmp_path, capsys):
 )
 def test_bad_data_is_named_by_its_line(task, rows, words, tmp_path):
     path = write(tmp_path, *rows)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(InputError) as error:
         load_problems(task, "train", path)
     message = str(error.value)
     assert message.startswith(path) and "\n" not in message
@@ -389,11 +389,11 @@ def test_bad_requests_are_named(tmp_path):
         (("svamp", "train", write(tmp_path, SVAMP), None, "python"), [":1:", "no program", "ReFT"]),
         (("svamp", "train", write(tmp_path, REFT, name="nl.jsonl"), None, "python"), [":1:", "engine python"]),
     ]:
-        with pytest.raises(DataError) as error:
+        with pytest.raises(InputError) as error:
             load_problems(*args)
         assert all(word in str(error.value) for word in words), str(error.value)
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')
-    with pytest.raises(DataError, match="UTF-8"):
+    with pytest.raises(InputError, match="UTF-8"):
         load_problems("gsm8k", "train", str(tmp_path / "latin.jsonl"))
 
 
@@ -424,7 +424,7 @@ def test_without_network_the_hub_error_says_what_to_do(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub\nand a long story")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(DataError) as error:
+    with pytest.raises(InputError) as error:
         load_problems("gsm8k", "train")
     message = str(error.value)
     assert "openai/gsm8k, train: Couldn't reach the Hub; name another dataset, or a local .json" in message

@@ -13,7 +13,7 @@ import rl
 import rollout
 import warmup
 from model import load
-from reward import DataError
+from reward import InputError
 from rl import gae, policy_loss, value_loss, whiten
 from rollout import grade, sample
 
@@ -326,7 +326,7 @@ def test_metrics_are_those_that_the_readme_explains(toy_run, tmp_path):
 def test_program_chains_of_thought_go_through_all_stages(tmp_path):
     try:
         warm = warmup.Config(out=str(tmp_path / "w"), engine="python", steps=2, limit=40, max_new_tokens=12)
-    except DataError as refusal:
+    except InputError as refusal:
         pytest.skip(str(refusal))
     warmup.main(warm)
     _, records = train(tmp_path / "w", tmp_path / "rl", engine="python")

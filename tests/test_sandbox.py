@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import sandbox
-from reward import DataError, read_number
+from reward import InputError, read_number
 from sandbox import Outcome, execute, run_programs, score_programs
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ HONEST = "def solution():\n    import math\n    return math.floor(abs(-42.5)) + 
 def filter_works():
     try:
         execute([HONEST])
-    except DataError as error:
+    except InputError as error:
         pytest.skip(f"no seccomp: {error}")
     yield
     sandbox.stop_idle()
@@ -535,7 +535,7 @@ def test_server_holds_neither_torch_nor_files(new_servers):
 def test_refusal_and_unsafe(seccomp, new_servers, monkeypatch, tmp_path):
     """Without a filter: refused; with unsafe, limits hold and descendants die."""
     monkeypatch.setattr(sandbox, "seccomp_filter", lambda: seccomp)
-    with pytest.raises(DataError, match=r"cannot be held back here: .*filter.*--unsafe-exec"):
+    with pytest.raises(InputError, match=r"cannot be held back here: .*filter.*--unsafe-exec"):
         execute([HONEST])
     daemon = HOSTILE["daemon"][1].format(dir=tmp_path)
     bomb = "import os, time\nfor _ in range(3): os.fork()\ntime.sleep(20)"
@@ -544,7 +544,7 @@ def test_refusal_and_unsafe(seccomp, new_servers, monkeypatch, tmp_path):
     assert statuses[0] == "ok" and statuses[2:4] == ["timeout", "error"] and statuses[4] in ("timeout", "error")
     time.sleep(1.2)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(DataError):
+    with pytest.raises(InputError):
         execute([HONEST])
 
 

@@ -10,7 +10,7 @@ import rl
 import warmup
 from evaluate import read_metrics
 from model import load
-from reward import DataError, load_problems
+from reward import InputError, load_problems
 from rollout import token_logp
 from warmup import batch_indices, collate, encode_examples, micro_batches, next_command
 
@@ -124,7 +124,7 @@ def test_problems_without_a_chain_of_thought_are_refused(tmp_path, toy_run):
         "test_data": str(file),
         "out": str(tmp_path / "o"),
     }
-    with pytest.raises(DataError, match="chain of thought"):
+    with pytest.raises(InputError, match="chain of thought"):
         warmup.main(warmup.Config(**flags))
     assert not (tmp_path / "o").exists()
 
