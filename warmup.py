@@ -132,9 +132,8 @@ def main(config: Config) -> dict:
             loss = -logp.sum() / denominator  # eq. (1)
             loss.backward()
             loss_sum += loss.item()
-        lr = (
-            config.lr * min(1, step / (0.1 * steps)) * (1 - (step - 1) / steps)
-        )  # a tenth of the way up, then down to 0
+        ramp, decay = min(1.0, step / (0.1 * steps)), 1 - (step - 1) / steps
+        lr = config.lr * ramp * decay
         grad_norm = optimizer_step(model, optimizer, lr)
 
         # 4. the records
