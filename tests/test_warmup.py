@@ -131,8 +131,8 @@ def test_problems_without_a_chain_of_thought_are_refused(tmp_path, toy_run):
 
 def test_end_to_end_reinforcement_learns_which_reasoning_pays(tmp_path):
     """The main job, shortened: RL with skipped layers makes much more of a warm-up that imitates both annotators."""
-    supervised = warmup.main(warmup.Config(out=str(tmp_path / "warmup"), steps=1000))
-    flags = {"model": str(tmp_path / "warmup"), "skip_ratio": 0.25, "steps": 10, "lr": 2e-4}
+    supervised = warmup.main(warmup.Config(out=str(tmp_path / "warmup"), steps=1200))
+    flags = {"model": str(tmp_path / "warmup"), "skip_ratio": 0.25, "steps": 16}
     reinforced = rl.main(rl.Config(out=str(tmp_path / "rl"), **flags))
     assert reinforced["greedy_accuracy"] > supervised["greedy_accuracy"] + 0.15
     records = read_metrics(tmp_path / "rl")
