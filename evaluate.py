@@ -44,7 +44,9 @@ def main(config: Config) -> list[dict]:
     results = []
     for run in config.runs:
         trained = read_json(Path(run) / "run.json") if (Path(run) / "run.json").exists() else {}
-        asked = {name: getattr(config, name) or trained.get(name) for name in ("test_data", "max_new_tokens")}
+        same = config.task in (None, trained.get("task"))  # another task has other test problems and lengths
+        names = ("test_data", "max_new_tokens") if same else ()
+        asked = {name: getattr(config, name) or trained.get(name) for name in names}
         task, engine = config.task or trained.get("task", "toy"), config.engine or trained.get("engine", "nl")
         one = replace(config, task=task, engine=engine, **asked)
         problems = load_problems(task, "test", one.test_data, one.limit, engine)

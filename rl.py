@@ -123,7 +123,8 @@ def main(config: Config) -> dict:
     reference = copy.deepcopy(model).requires_grad_(False)  # pi_theta^(0)
     optimizer = make_optimizer(model)
     # what cannot work is refused before anything is written
-    sample_skip(len(model.layers), config.skip_ratio)
+    num_layers = len(model.layers)
+    sample_skip(num_layers, config.skip_ratio)
     prompts = encode_prompts(problems, tokenizer, model, config.max_new_tokens)
     encode_prompts(test_problems, tokenizer, model, config.max_new_tokens)
     out = start_run(config)
@@ -131,7 +132,6 @@ def main(config: Config) -> dict:
 
     if config.correction == "prefix":
         print("--correction prefix: lam is 1, as its theorem needs")
-    num_layers = len(model.layers)
     level = config.skip_ratio * num_layers  # layers to skip; moves only with --target-kl-behav
     updates_a_batch = config.ppo_epochs * math.ceil(config.rollout_batch / config.minibatch)
     seconds, warned = 0.0, False
@@ -192,9 +192,7 @@ def main(config: Config) -> dict:
             "reward": final_reward.mean().item(),
             "accuracy": (final_reward == 1).double().mean().item(),
             "length": (lengths - rollout.prompt_lens).double().mean().item(),
-            **{
-                outcome: outcomes.count(outcome) / len(outcomes) for outcome in OUTCOMES[1:]
-            },  # accuracy counts the right
+            **{outcome: outcomes.count(outcome) / len(outcomes) for outcome in OUTCOMES[1:]},  # the right: accuracy
             "finished": rollout.finished.double().mean().item(),
             "kl_ref": masked_mean(kl_ref, mask).item(),
             **mismatch(logp_old, logp_behav, kl_behav, mask, config.cap, final_reward),
