@@ -11,9 +11,20 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from model import Decoder, load, read_json, write_json
+from model import Decoder, find_checkpoint, load, read_json, write_json
 from reward import Problem, load_problems
-from rollout import SharedConfig, check, encode_prompts, flag, grade, new_figure, print_table, run_script, sample
+from rollout import (
+    SharedConfig,
+    check,
+    encode_prompts,
+    flag,
+    grade,
+    make_folder,
+    new_figure,
+    print_table,
+    run_script,
+    sample,
+)
 
 
 @dataclass
@@ -41,7 +52,9 @@ class Config(Flags):
 
 def main(config: Config) -> list[dict]:
     """Evaluate every run, write its evaluation.json, print one table, draw one figure."""
-    results = []
+    for run in config.runs:
+        find_checkpoint(run)  # a wrong name is refused now, not after an hour
+    out, results = make_folder(config.out), []
     for run in config.runs:
         trained = read_json(Path(run) / "run.json") if (Path(run) / "run.json").exists() else {}
         same = config.task in (None, trained.get("task"))  # another task has other test problems and lengths
@@ -63,7 +76,7 @@ def main(config: Config) -> list[dict]:
         cells += [f"{result['greedy_length']:.1f}"]
         rows.append(cells + [f"{result[f'{kind}@{k}']:.3f}" for kind in ("maj", "pass") for k in ks])
     print_table(header + [f"{kind}@{k}" for kind in ("maj", "pass") for k in ks], rows)
-    draw_results(config, results)
+    draw_results(out, config, results)
     return results
 
 
@@ -158,7 +171,7 @@ def draw_curves(run: Path, keys: tuple[str, ...]):
     figure.savefig(run / "curves.png", dpi=110)
 
 
-def draw_results(config: Config, results: list[dict]):
+def draw_results(out: Path, config: Config, results: list[dict]):
     """evaluation.png: greedy accuracy with its interval beside maj@k and pass@k of every run."""
     figure, (panel,) = new_figure(1, width=max(6.0, 1.6 * len(results) + 2))
     kinds = ["greedy", *(f"{kind}@{config.samples}" for kind in ("maj", "pass") if config.samples)]
@@ -174,9 +187,8 @@ def draw_results(config: Config, results: list[dict]):
     panel.set_xticks(range(len(results)), config.runs)
     panel.set(ylim=(0, 1.02), ylabel="accuracy", title=", ".join(sorted({result["task"] for result in results})))
     panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(config.out) / "evaluation.png", dpi=120)
-    print(f"figure: {Path(config.out) / 'evaluation.png'}")
+    figure.savefig(out / "evaluation.png", dpi=120)
+    print(f"figure: {out / 'evaluation.png'}")
 
 
 def make_parser() -> HfArgumentParser:

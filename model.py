@@ -10,6 +10,9 @@ them stands in `ModelConfig`. There is no dropout anywhere: with it, pi_theta / 
 
 import contextlib
 import json
+import os
+import resource
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from reward import InputError
@@ -255,6 +259,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.hf_config = hf_config
         self.autocast = False  # True: layers compute in bf16 while the weights stay fp32
+        self.gradient_checkpointing = False  # True: layers run again in backward, which then keeps one input a layer
         self.generation_config: dict | None = None  # what generation_config.json says, carried along when saving
         self.config = config = read_config(hf_config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -304,7 +309,10 @@ class Decoder(nn.Module):
             rope = torch.cat([cos, cos], -1).to(x.dtype), torch.cat([-sin, sin], -1).to(x.dtype)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             for i, layer in enumerate(self.kept_layers(skip)):
-                x = layer(x, rope, None if cache is None else cache[i], positions, visible)
+                if self.gradient_checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(layer, x, rope, use_reentrant=False)
+                else:
+                    x = layer(x, rope, None if cache is None else cache[i], positions, visible)
         return self.norm(x)
 
     def kept_layers(self, skip: Tensor | None) -> list[Layer]:
@@ -353,9 +361,7 @@ class Decoder(nn.Module):
         """Write config.json, generation_config.json, model.safetensors and value_head.pt: AutoModelForCausalLM opens it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for pattern in ("generation_config.json", "*.index.json", "model*.safetensors", "pytorch_model*.bin"):
-            for stale in folder.glob(pattern):  # what an older checkpoint left would be read in place of ours
-                stale.unlink()
+        remove_weights(folder)
         config = self.hf_config.to_dict()
         config["architectures"] = [ARCHITECTURES[self.hf_config.model_type]]
         config["dtype"] = config["torch_dtype"] = str(self.embed.weight.dtype).removeprefix("torch.")
@@ -372,6 +378,13 @@ class Decoder(nn.Module):
         )  # safetensors lets only its owner read
         # not .safetensors: inference servers load every such file of a folder
         torch.save(self.value_head.state_dict(), folder / "value_head.pt")
+
+
+def remove_weights(folder: Path):
+    """Delete an older checkpoint's weights: a shard or an index that stayed would be read in place of the new ones."""
+    for pattern in ("generation_config.json", "*.index.json", "model*.safetensors", "pytorch_model*.bin"):
+        for stale in folder.glob(pattern):
+            stale.unlink()
 
 
 def hf_views(decoder: Decoder) -> dict[str, Tensor]:
@@ -431,6 +444,8 @@ def read_weights(folder: Path, views: dict[str, Tensor]):
                 continue
             if tensor.shape != views[name].shape:
                 raise InputError(f"{file}: {name} is {list(tensor.shape)}, config.json wants {list(views[name].shape)}")
+            if not tensor.isfinite().all():
+                raise InputError(f"{file}: {name} holds nan or infinity; take an earlier checkpoint")
             views[name].copy_(tensor)
             missing.discard(name)
     if missing:
@@ -528,8 +543,10 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict):
-    """Write a JSON file that people can read."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """Write a JSON file that people can read, in place of an older one only when it is whole."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(new, path)
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -541,6 +558,14 @@ def pick_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from error
     return torch.device(name)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory used so far, in GB: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def load(source: str | Path, device: str | None, dtype: str | None) -> tuple[Decoder, object, list[int]]:

@@ -23,11 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from evaluate import draw_curves, evaluate, report
-from model import Decoder, load, sample_skip, write_json
+from model import Decoder, load, peak_memory, sample_skip, write_json
 from reward import InputError, Problem, load_problems
 from rollout import (
     OUTCOMES,
@@ -37,19 +37,28 @@ from rollout import (
     exact_kl_behav,
     flag,
     grade,
+    out_of_memory,
     run_script,
     sample,
     token_logp,
 )
 from warmup import (
+    BAD_IN_A_ROW,
+    LESS_MEMORY,
     TrainConfig,
     append_record,
     batch_indices,
+    fingerprint,
+    leave_if_stopped,
     make_optimizer,
     micro_batches,
+    new_trainer,
+    note_bad_batch,
     optimizer_step,
+    read_trainer,
     save_checkpoint,
     start_run,
+    until_signal,
 )
 
 CORRECTIONS = ("none", "ratio", "truncated", "retrace", "prefix")
@@ -95,7 +104,7 @@ class Config(TrainConfig):
         for name in ("steps", "samples", "ppo_epochs", "minibatch", "rollout_batch"):
             check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "kl_coef", "value_coef"):
-            check(self, name, getattr(self, name) >= 0, "at least 0")
+            check(self, name, 0 <= getattr(self, name) < math.inf, "at least 0, and finite")
         for name in ("gamma", "lam"):
             check(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         check(self, "cap", self.cap > 0, "above 0")
@@ -119,31 +128,38 @@ def main(config: Config) -> dict:
         )
     problems = load_problems(config.task, "train", config.data, config.limit, config.engine)
     test_problems = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
-    model, tokenizer, eos_ids = load(config.model, config.device, config.dtype)
-    reference = copy.deepcopy(model).requires_grad_(False)  # pi_theta^(0)
+    reference, tokenizer, eos_ids = load(config.model, config.device, config.dtype)
+    marks = fingerprint(problems, reference)
+    saved = read_trainer("rl", config, marks) if config.resume else None
+    model = load(config.out, config.device, config.dtype)[0] if saved else copy.deepcopy(reference)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    freeze(reference)  # pi_theta^(0)
     optimizer = make_optimizer(model)
     # what cannot work is refused before anything is written
     num_layers = len(model.layers)
     sample_skip(num_layers, config.skip_ratio)
     prompts = encode_prompts(problems, tokenizer, model, config.max_new_tokens)
     encode_prompts(test_problems, tokenizer, model, config.max_new_tokens)
-    out = start_run(config)
-    (out / "samples.txt").write_text("")
+    # what changes from batch to batch and is in no weight: layers to skip (they move with --target-kl-behav), one warning
+    first = new_trainer("rl", config, marks) | {"level": config.skip_ratio * num_layers, "warned": False}
+    trainer = saved or first
+    if saved:
+        optimizer.load_state_dict(trainer.pop("optimizer"))
+    out = start_run(config, saved)
 
     if config.correction == "prefix":
         print("--correction prefix: lam is 1, as its theorem needs")
-    level = config.skip_ratio * num_layers  # layers to skip; moves only with --target-kl-behav
     updates_a_batch = config.ppo_epochs * math.ceil(config.rollout_batch / config.minibatch)
-    seconds, warned = 0.0, False
-    bar = tqdm(range(1, config.steps + 1), desc="rl", unit="batch")
-    for step in bar:
+    done, stop = trainer["step"], []  # stop: the signal that asked for the end
+    bar = tqdm(range(done + 1, config.steps + 1), desc="rl", unit="batch", initial=done, total=config.steps)
+    for step in until_signal(bar, stop):
         # 1. problems, and a new skip mask for every batch
         started = time.perf_counter()
         rng = np.random.default_rng((config.seed, 1, step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         chosen = batch_indices(config.seed, step, config.rollout_batch // config.samples, len(problems))
         batch = [problems[i] for i in chosen]
-        skip = sample_skip(num_layers, round(level) / num_layers, generator)
+        skip = sample_skip(num_layers, round(trainer["level"]) / num_layers, generator)
 
         # 2. completions from the nested behavior model mu
         rollout_started = time.perf_counter()
@@ -185,10 +201,10 @@ def main(config: Config) -> dict:
 
         # 7. records: means over the sampled tokens, or over the completions, of the whole batch
         now = time.perf_counter()
-        seconds += now - started
+        trainer["step"], trainer["seconds"] = step, trainer["seconds"] + now - started
         record = {
             "step": step,
-            "seconds": seconds,
+            "seconds": trainer["seconds"],
             "reward": final_reward.mean().item(),
             "accuracy": (final_reward == 1).double().mean().item(),
             "length": (lengths - rollout.prompt_lens).double().mean().item(),
@@ -203,18 +219,19 @@ def main(config: Config) -> dict:
             "rollout_tokens_per_second": int(mask.sum()) / rollout_seconds,
             "rollout_seconds": rollout_seconds,
             "update_seconds": now - update_started,
+            "peak_memory_gb": peak_memory(tokens.device),
         }
-        if not warned and (record["kl_behav"] > 0.05 or record["ess_tokens"] < 0.5):
-            warned = True
+        if not trainer["warned"] and (record["kl_behav"] > 0.05 or record["ess_tokens"] < 0.5):
+            trainer["warned"] = True
             tqdm.write(
                 f"warning: at step {step} KL(mu||pi) is {record['kl_behav']:.3f} per token and the effective sample size "
                 f"{record['ess_tokens']:.2f}: skip fewer layers (--skip-ratio), or warm up with --layer-dropout"
             )
         if config.target_kl_behav is not None:
-            level = next_level(level, record["kl_behav"], config.target_kl_behav, num_layers)
+            trainer["level"] = next_level(trainer["level"], record["kl_behav"], config.target_kl_behav, num_layers)
         if config.eval_every and step % config.eval_every == 0:
             record["greedy_accuracy"] = evaluate(model, tokenizer, eos_ids, test_problems, config)["greedy_accuracy"]
-        append_record(out, record)
+        append_record(out / "metrics.jsonl", record)
         bar.set_postfix(
             reward=f"{record['reward']:.3f}",
             accuracy=f"{record['accuracy']:.3f}",
@@ -224,18 +241,32 @@ def main(config: Config) -> dict:
         )
         if step % 5 == 1:
             append_samples(out, step, [batch[0], batch[-1]], [texts[0], texts[-1]], final_reward[[0, -1]].tolist())
-        if config.save_every and step % config.save_every == 0 and step < config.steps:
-            save_checkpoint(out, model, tokenizer)
+        note_bad_batch(out, trainer, record, chosen)
+        if config.save_every and step % config.save_every == 0 and step < config.steps and not stop:
+            save_checkpoint(out, model, tokenizer, optimizer, trainer)
+        if trainer["bad_in_a_row"] >= BAD_IN_A_ROW:
+            break
 
-    save_checkpoint(out, model, tokenizer)
+    save_checkpoint(out, model, tokenizer, optimizer, trainer)
+    leave_if_stopped(out, trainer, stop)
     result = evaluate(model, tokenizer, eos_ids, test_problems, config)
     write_json(out / "evaluation.json", result)
     draw_curves(out, ("reward", "accuracy", "length", "kl_ref", "kl_behav", "entropy", "greedy_accuracy"))
-    print(report(result, seconds))
+    print(report(result, trainer["seconds"]))
     print(f"checkpoint: {out}    curves: {out / 'curves.png'}    next: python evaluate.py {config.model} {out}")
     return result
 
 
+def freeze(reference: Decoder):
+    """No gradients; where passes run in bf16 anyway, bf16 linear layers: the same numbers in half the memory."""
+    reference.requires_grad_(False)
+    if reference.autocast:
+        for module in reference.layers.modules():
+            if isinstance(module, nn.Linear):
+                module.bfloat16()
+
+
+@out_of_memory(LESS_MEMORY)
 def ppo_update(
     model: Decoder,
     optimizer: torch.optim.Optimizer,
@@ -256,6 +287,7 @@ def ppo_update(
         order = torch.randperm(len(tokens), generator=generator).to(tokens.device)
         for rows in order.split(config.minibatch):
             denominator = int(mask[rows].sum())  # of the whole optimizer step: the micro-batch size changes nothing
+            loss_sum = 0.0
             for part, T in micro_batches(lengths[rows], config.micro_batch):
                 mb = rows[part]
                 mb_mask = mask[mb, : T - 1]  # (n, T-1), as all that follow
@@ -268,18 +300,21 @@ def ppo_update(
                 v_loss = value_loss(values, values_old, returns, mb_mask, config.clip, denominator)
                 loss = pg_loss + config.value_coef * v_loss  # eq. (11)
                 loss.backward()
+                loss_sum += loss.item()
                 ratio = importance_ratio(logp_new.detach(), logp_old, logp_behav, config.correction)
                 clipped = is_clipped(ratio, advantages, config.clip) & mb_mask
                 sums = [pg_loss.item() * denominator, v_loss.item() * denominator, clipped.sum(), mb_mask.sum()]
                 totals += torch.tensor(sums, dtype=torch.float64)
             updates += 1
-            grad_norms.append(optimizer_step(model, optimizer, config.lr * min(1, updates / LR_RAMP)))
+            lr = config.lr * min(1, updates / LR_RAMP)
+            grad_norms.append(optimizer_step(model, optimizer, lr, loss_sum))
     policy_total, value_total, clipped_total, token_total = totals.tolist()
     return {
         "policy_loss": policy_total / token_total,
         "value_loss": value_total / token_total,
         "clip_fraction": clipped_total / token_total,
         "grad_norm": sum(grad_norms) / len(grad_norms),
+        "nonfinite_updates": sum(map(math.isnan, grad_norms)),
     }
 
 
@@ -387,6 +422,7 @@ def action_stats(
     return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in stats)
 
 
+@out_of_memory("the pass before the update did not fit; lower --micro-batch")
 @torch.no_grad()
 def batch_stats(
     model: Decoder, rollout: Rollout, micro_batch: int, skip: Tensor | None = None, diagnose: bool = False

@@ -13,7 +13,9 @@ Run as a script it measures what skipping layers buys and what it costs:
     python rollout.py --model runs/warmup --skip-ratios 0 0.125 0.25 0.5
 """
 
+import contextlib
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +82,18 @@ def uniforms(seed: int, sample_index: int, count: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng((seed, sample_index)).random(count))
 
 
+@contextlib.contextmanager
+def out_of_memory(advice: str):
+    """Running out of memory, on the GPU or the CPU, becomes one line that names the flag to turn."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        raise InputError(f"out of memory: {advice}") from error
+
+
+@out_of_memory("sampling did not fit; lower --max-rows or --max-new-tokens")
 @torch.no_grad()
 def sample(
     model: Decoder,
@@ -223,6 +237,17 @@ def grade(rollout: Rollout, problems: list[Problem], tokenizer, config: "SharedC
     return Grades(texts, answers, outcomes, torch.tensor(rewards, device=rollout.tokens.device))
 
 
+def make_folder(name: str) -> Path:
+    """The folder of --out, made and tried out before any work goes into what it is to hold."""
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be written ({error.strerror}); name another folder") from error
+
+
 def print_table(header: list, rows: list[list]):
     """Columns aligned on the right, the first one on the left."""
     lines = [[str(cell) for cell in row] for row in (header, *rows)]
@@ -276,13 +301,18 @@ def check(config, name: str, holds: bool, rule: str):
 
 
 def run_script(main, config_class, parser: HfArgumentParser | None = None):
-    """Run a stage with the flags of its dataclass. A typo or bad input ends it with one line and exit code 2."""
+    """Run a stage with the flags of its dataclass. A typo or bad input ends it with one line and exit code 2.
+
+    Numbers that went bad and a disk that cannot be written end it with one line and exit code 1.
+    """
     parser = parser or HfArgumentParser(config_class, allow_abbrev=False)
     try:
         main(config_class(**vars(parser.parse_args())))
-    except InputError as error:
+    except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 # ---- what skipping buys and costs -----------------------------------------------------------------------------------
@@ -312,6 +342,7 @@ def main(config: Config) -> list[dict]:
     problems = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
     prompts, layers = encode_prompts(problems, tokenizer, model, config.max_new_tokens), len(model.layers)
     ratios = sorted({0.0, *config.skip_ratios})  # the full model is what the others are compared with
+    out = make_folder(config.out)
     sums = {ratio: torch.zeros(4, dtype=torch.float64) for ratio in ratios}  # seconds, tokens, KL, right
     for round_ in tqdm(range(config.rounds + 1), desc="rounds", unit="round"):
         for ratio in ratios:
@@ -353,7 +384,7 @@ def main(config: Config) -> list[dict]:
     header = ["skip ratio", "layers skipped", "tokens/s", "speed-up", "ideal", "KL(mu||pi)/token", "accuracy of mu"]
     formats = ("{:g}", "{}", "{:.0f}", "{:.2f}", "{:.2f}", "{:.4f}", "{:.3f}")
     print_table(header, [[f.format(v) for f, v in zip(formats, r.values(), strict=True)] for r in results])
-    draw_ratios(Path(config.out), results)
+    draw_ratios(out, results)
     return results
 
 
@@ -385,7 +416,6 @@ def new_figure(panels: int, width: float = 4.0):
 
 def draw_ratios(out: Path, results: list[dict]):
     """rollout.json and rollout.png: the speed-up beside its ideal, and what the nested models lose."""
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "rollout.json", results)
     figure, panels = new_figure(3)
     ratios = [result["skip_ratio"] for result in results]

@@ -7,8 +7,16 @@ Departure from ReFT: the loss is the token mean over the whole batch, not the me
 a share of the batches is trained with random inner layers left out, so that nested models stay close to the full one.
 """
 
+import contextlib
 import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,14 +30,20 @@ from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from evaluate import draw_curves, evaluate, report
-from model import Decoder, load, pick_device, sample_skip, write_json
+from model import Decoder, load, named_in_errors, peak_memory, pick_device, remove_weights, sample_skip, write_json
 from reward import InputError, Problem, load_problems, make_prompt, make_target
-from rollout import SharedConfig, check, encode_prompts, flag, run_script, token_logp
+from rollout import SharedConfig, check, encode_prompts, flag, make_folder, out_of_memory, run_script, token_logp
 
 TOY = {"batch": 32, "lr": 4e-3, "beta2": 0.95, "weight_decay": 0.1, "layer_dropout": 0.5, "epochs": 0.9}
 # ReFT, section 4.3
 PRETRAINED = {"batch": 48, "lr": 1e-5, "beta2": 0.999, "weight_decay": 0.0, "layer_dropout": 0.0, "epochs": 2.0}
 DROPPED_SHARE = 0.25  # layer dropout leaves out a quarter of the layers
+BAD_IN_A_ROW = 3  # batches with a loss or gradient that is not finite, before a run gives up
+# a run may be resumed with other values of these: they change nothing beyond rounding
+FREE_ON_RESUME = {"resume", "out", "device", "micro_batch", "max_rows", "gradient_checkpointing", "save_every"}
+FREE_ON_RESUME |= {"eval_every", "unsafe_exec"}
+LOGS = ("metrics.jsonl", "samples.txt", "bad_batches.jsonl")
+LESS_MEMORY = "a training pass did not fit; lower --micro-batch or add --gradient-checkpointing"
 
 
 @dataclass
@@ -39,8 +53,12 @@ class TrainConfig(SharedConfig):
     data: str | None = flag(None, "training problems: a JSON file or hub id (default: the task's usual data set)")
     seed: int = flag(0, "seed of weights, data order, skip masks and sampling")
     micro_batch: int = flag(64, "rows of one forward and backward pass; lower it to save memory, the gradient stays")
+    gradient_checkpointing: bool = flag(
+        False, "keep one activation a layer and compute the others again: slower, less memory"
+    )
     save_every: int = flag(0, "steps between checkpoints; 0: one at the end")
     eval_every: int = flag(0, "steps between greedy evaluations on the test problems; 0: one at the end")
+    resume: bool = flag(False, "go on from the checkpoint in --out, to the bit; start where there is none")
 
     def __post_init__(self):
         super().__post_init__()
@@ -74,9 +92,9 @@ class Config(TrainConfig):
                 setattr(self, name, value)
         super().__post_init__()
         check(self, "steps", self.steps is None or self.steps >= 1, "at least 1")
-        check(self, "epochs", self.epochs > 0, "above 0")
+        check(self, "epochs", 0 < self.epochs < math.inf, "above 0, and finite")
         check(self, "batch", self.batch >= 1, "at least 1")
-        check(self, "lr", self.lr >= 0, "at least 0")
+        check(self, "lr", 0 <= self.lr < math.inf, "at least 0, and finite")
         check(self, "beta2", 0 <= self.beta2 < 1, "at least 0 and below 1")
         check(self, "weight_decay", self.weight_decay >= 0, "at least 0")
         check(self, "layer_dropout", 0 <= self.layer_dropout <= 1, "between 0 and 1")
@@ -95,10 +113,12 @@ def main(config: Config) -> dict:
         raise InputError(
             f"{without} of {len(problems)} training problems have no chain of thought; warm-up needs one each"
         )
-    if config.model is None:
+    saved = read_trainer("warmup", config, fingerprint(problems)) if config.resume else None
+    if config.model is None and saved is None:
         model, tokenizer, eos_ids = toy_model(config, problems)
     else:
-        model, tokenizer, eos_ids = load(config.model, config.device, config.dtype)
+        model, tokenizer, eos_ids = load(config.out if saved else config.model, config.device, config.dtype)
+    model.gradient_checkpointing = config.gradient_checkpointing
     examples = encode_examples(problems, tokenizer, model, eos_ids[0], config.engine)
     encode_prompts(test_problems, tokenizer, model, config.max_new_tokens)  # too long? now, not after the training
     num_layers = len(model.layers)
@@ -108,10 +128,14 @@ def main(config: Config) -> dict:
         )
     optimizer = make_optimizer(model, config.weight_decay, config.beta2)
     steps = config.steps or max(1, round(config.epochs * len(problems) / config.batch))
-    out = start_run(config)
+    trainer = saved or new_trainer("warmup", config, fingerprint(problems))
+    if saved:
+        optimizer.load_state_dict(trainer.pop("optimizer"))
+    out = start_run(config, saved)
 
-    seconds, bar = 0.0, tqdm(range(1, steps + 1), desc="warm-up", unit="step")
-    for step in bar:
+    bar = tqdm(range(trainer["step"] + 1, steps + 1), desc="warm-up", unit="step", initial=trainer["step"], total=steps)
+    stop = []  # the signal that asked for the end
+    for step in until_signal(bar, stop):
         started = time.perf_counter()
 
         # 2. a batch, and for a share of the batches a skip mask
@@ -119,40 +143,48 @@ def main(config: Config) -> dict:
         skip = None
         if rng.random() < config.layer_dropout:
             skip = sample_skip(num_layers, DROPPED_SHARE, torch.Generator().manual_seed(int(rng.integers(2**62))))
-        batch = [examples[i] for i in batch_indices(config.seed, step, config.batch, len(examples))]
-        tokens, lengths, action_mask = collate(batch, model.embed.weight.device)
+        chosen = batch_indices(config.seed, step, config.batch, len(examples))
+        tokens, lengths, action_mask = collate([examples[i] for i in chosen], model.embed.weight.device)
 
         # 3. the loss and the update
         denominator = int(action_mask.sum())  # of the whole batch: the micro-batch size does not change the gradient
         loss_sum = 0.0
         for rows, T in micro_batches(lengths, config.micro_batch):
-            mask = action_mask[rows, : T - 1]  # (n, T-1)
-            hidden = model(tokens[rows, :T], skip)[:, :-1][mask]  # (actions, d): completion positions only
-            logp = token_logp(model.logits(hidden), tokens[rows, 1:T][mask])  # (actions,)
-            loss = -logp.sum() / denominator  # eq. (1)
-            loss.backward()
+            with out_of_memory(LESS_MEMORY):
+                mask = action_mask[rows, : T - 1]  # (n, T-1)
+                hidden = model(tokens[rows, :T], skip)[:, :-1][mask]  # (actions, d): completion positions only
+                logp = token_logp(model.logits(hidden), tokens[rows, 1:T][mask])  # (actions,)
+                loss = -logp.sum() / denominator  # eq. (1)
+                loss.backward()
             loss_sum += loss.item()
         ramp, decay = min(1.0, step / (0.1 * steps)), 1 - (step - 1) / steps
         lr = config.lr * ramp * decay
-        grad_norm = optimizer_step(model, optimizer, lr)
+        grad_norm = optimizer_step(model, optimizer, lr, loss_sum)
 
         # 4. the records
-        seconds += time.perf_counter() - started
-        record = {"step": step, "seconds": seconds, "loss": loss_sum, "lr": lr, "grad_norm": grad_norm}
-        record["tokens_per_second"] = int(lengths.sum()) / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        trainer["step"], trainer["seconds"] = step, trainer["seconds"] + seconds
+        record = {"step": step, "seconds": trainer["seconds"], "loss": loss_sum, "lr": lr, "grad_norm": grad_norm}
+        record["nonfinite_updates"] = int(math.isnan(grad_norm))
+        record["tokens_per_second"] = int(lengths.sum()) / seconds
+        record["peak_memory_gb"] = peak_memory(tokens.device)
         if config.eval_every and step % config.eval_every == 0:
             record["greedy_accuracy"] = evaluate(model, tokenizer, eos_ids, test_problems, config)["greedy_accuracy"]
-        append_record(out, record)
+        append_record(out / "metrics.jsonl", record)
         bar.set_postfix(loss=f"{loss_sum:.3f}", tok_s=f"{record['tokens_per_second']:.0f}", refresh=False)
-        if config.save_every and step % config.save_every == 0 and step < steps:
-            save_checkpoint(out, model, tokenizer)
+        note_bad_batch(out, trainer, record, chosen)
+        if config.save_every and step % config.save_every == 0 and step < steps and not stop:
+            save_checkpoint(out, model, tokenizer, optimizer, trainer)
+        if trainer["bad_in_a_row"] >= BAD_IN_A_ROW:
+            break
 
     # 5. checkpoint, evaluation, figure
-    save_checkpoint(out, model, tokenizer)
+    save_checkpoint(out, model, tokenizer, optimizer, trainer)
+    leave_if_stopped(out, trainer, stop)
     result = evaluate(model, tokenizer, eos_ids, test_problems, config)
     write_json(out / "evaluation.json", result)
     draw_curves(out, ("loss", "greedy_accuracy"))
-    print(report(result, seconds))
+    print(report(result, trainer["seconds"]))
     print(f"checkpoint: {out}    next: {next_command(config)}")
     return result
 
@@ -253,35 +285,197 @@ def make_optimizer(model: Decoder, weight_decay: float = 0.0, beta2: float = 0.9
     return torch.optim.AdamW(groups, betas=(0.9, beta2), fused=True)
 
 
-def optimizer_step(model: Decoder, optimizer: torch.optim.Optimizer, lr: float) -> float:
-    """Clip the gradient to norm 1, step, clear; returns the norm before clipping."""
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+def optimizer_step(model: Decoder, optimizer: torch.optim.Optimizer, lr: float, loss: float) -> float:
+    """Clip the gradient to norm 1, step, clear; returns the norm before clipping.
+
+    Where the loss or the norm is not finite, no weight and no moment of Adam changes, and the result is nan.
+    """
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    finite = math.isfinite(grad_norm) and math.isfinite(loss)
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
     optimizer.zero_grad()
-    return grad_norm.item()
+    return grad_norm if finite else math.nan
 
 
-def start_run(config: TrainConfig) -> Path:
-    """The folder of a run with run.json in it, its metrics empty."""
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+# ---- runs that survive, shared with rl.py ---------------------------------------------------------------------------
+
+
+def until_signal(bar: tqdm, stop: list[int]) -> Iterator[int]:
+    """The steps of `bar` up to its end or to Ctrl-C or SIGTERM, which goes into `stop`; a second one leaves at once."""
+
+    def note(number, frame):
+        if stop:
+            os._exit(128 + number)
+        stop.append(number)
+        os.write(2, b"\nstopping after this step; once more to leave at once\n")  # print() is not safe in here
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for step in bar:
+            yield step
+            if stop:
+                break
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_if_stopped(out: Path, trainer: dict, stop: list[int]):
+    """After the last save: end a run that was asked to stop, or whose numbers went bad."""
+    if trainer["bad_in_a_row"] >= BAD_IN_A_ROW:
+        raise FloatingPointError(
+            f"{out}: loss or gradient was not finite in {trainer['bad_in_a_row']} batches in a row, the last one step "
+            f"{trainer['step']}; none of them changed a weight. Look at these problems in {out / 'bad_batches.jsonl'} and "
+            f"at the weights of --model; then try a lower --lr, or --dtype float32"
+        )
+    if stop:
+        words = [*sys.argv, *(() if "--resume" in sys.argv else ("--resume",))]
+        print(f"stopped after step {trainer['step']}, saved in {out}; go on with: python {shlex.join(words)}")
+        sys.exit(128 + stop[0])
+
+
+def fingerprint(problems: list[Problem], reference: Decoder | None = None) -> list[int]:
+    """Numbers that change when the problems or the reference's weights do."""
+    bits = {torch.float32: torch.int32, torch.float64: torch.int64}
+    weights = (
+        (p.detach().view(bits[p.dtype]).sum(dtype=torch.int64) for p in reference.parameters()) if reference else ()
+    )
+    return [zlib.crc32(repr(problems).encode()), *(int(total) for total in weights)]
+
+
+def new_trainer(stage: str, config: TrainConfig, print_: list[int]) -> dict:
+    """The state of a run at its beginning; with the optimizer's it is what trainer.pt holds."""
+    counts = {"step": 0, "seconds": 0.0, "bad_in_a_row": 0}
+    return {"stage": stage, "config": asdict(config), "fingerprint": print_, **counts}
+
+
+def read_trainer(stage: str, config: TrainConfig, print_: list[int]) -> dict | None:
+    """trainer.pt of the run in --out, or None where there is none yet.
+
+    InputError names the flags that differ from those of the run, and data or reference weights that do.
+    """
+    file = Path(config.out) / "trainer.pt"
+    if not file.exists():
+        print(f"nothing to resume in {config.out}: starting from the beginning")
+        return None
+    with named_in_errors(file):
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        if saved["stage"] != stage:
+            raise InputError(f"{file}: written by {saved['stage']}.py; {stage}.py cannot resume it")
+        before, step = saved["config"], saved["step"]
+    now = asdict(config)
+    changed = [n for n in now if n not in FREE_ON_RESUME and now[n] != before.get(n) and (n, stage) != ("steps", "rl")]
+    if changed:
+        flags = ", ".join(f"--{n.replace('_', '-')} {now[n]} (there: {before.get(n)})" for n in changed)
+        raise InputError(
+            f"{config.out}: this run has other flags: {flags}; resume with the same ones or take another --out"
+        )
+    if stage == "rl" and now["steps"] < step:
+        raise InputError(f"--steps is {now['steps']}, but the run in {config.out} has done {step} already")
+    if saved["fingerprint"] != print_:
+        raise InputError(
+            f"{config.out}: the training problems or the weights of --model are not those of this run any more"
+        )
+    saved["config"] = now
+    return saved
+
+
+def start_run(config: TrainConfig, saved: dict | None) -> Path:
+    """The folder of a run with run.json in it; its logs are emptied, or cut to what they held at the checkpoint."""
+    out = make_folder(config.out)
+    if saved is None:  # an older run's state must not continue this one
+        for file in ((out / "trainer.pt").resolve(), out / "trainer.pt"):
+            file.unlink(missing_ok=True)
+    for name in LOGS:
+        size = saved["log_sizes"].get(name, 0) if saved else 0
+        if size > ((out / name).stat().st_size if (out / name).exists() else 0):
+            raise InputError(f"{out / name}: shorter than it was at the checkpoint; restore it or take another --out")
+        if (out / name).exists() or name == "metrics.jsonl":
+            with (out / name).open("ab") as file:
+                file.truncate(size)
     write_json(out / "run.json", asdict(config))
-    (out / "metrics.jsonl").write_text("")
     return out
 
 
-def append_record(out: Path, record: dict):
-    """One more line of metrics.jsonl."""
-    with (out / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+def append_record(file: Path, record: dict):
+    """One more line of JSON; a number that is not finite becomes null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
-def save_checkpoint(out: Path, model: Decoder, tokenizer):
-    """A Hugging Face directory: config, weights, value head, tokenizer."""
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+def note_bad_batch(out: Path, trainer: dict, record: dict, chosen: list[int]):
+    """Count batches in a row with an update that was not finite, and write down which problems (from 0) they held."""
+    trainer["bad_in_a_row"] = trainer["bad_in_a_row"] + 1 if record["nonfinite_updates"] else 0
+    if record["nonfinite_updates"]:
+        append_record(out / "bad_batches.jsonl", {"problems": chosen, **record})
+
+
+def save_checkpoint(out: Path, model: Decoder, tokenizer, optimizer: torch.optim.Optimizer, trainer: dict):
+    """Save a run: a Hugging Face directory with value_head.pt and trainer.pt, all of it or nothing.
+
+    The files are written to .checkpoints/step-N and brought to the disk. The names in `out` are links into
+    .checkpoints/latest, itself a link that moves to the new checkpoint in one rename: whenever the process is killed, `out`
+    holds one whole checkpoint. InputError when the disk is full; the previous checkpoint stays.
+    """
+    store = out / ".checkpoints"
+    latest = store / "latest"
+    folder = store / f"step-{trainer['step']}"
+    try:
+        remove_checkpoints(latest)  # what a kill left behind
+        if folder.exists():  # the latest one itself
+            folder = folder.with_name(f"{folder.name}-again")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        log_sizes = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
+        torch.save(trainer | {"optimizer": optimizer.state_dict(), "log_sizes": log_sizes}, folder / "trainer.pt")
+        for path in (*folder.iterdir(), folder, *(out / name for name in log_sizes)):
+            flush_to_disk(path)
+        if not (out / "model.safetensors").is_symlink():
+            remove_weights(out)  # of a checkpoint that is not ours
+        for file in folder.iterdir():
+            point(out / file.name, f".checkpoints/latest/{file.name}")
+        point(latest, folder.name)  # the commit
+        flush_to_disk(store)
+    except Exception as error:  # OSError, and what torch, safetensors and tokenizers make of it
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{out}: the checkpoint cannot be written ({reason}); the one before it is still there"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            remove_checkpoints(latest)
+
+
+def remove_checkpoints(latest: Path):
+    """Delete every checkpoint but the one that `latest` points to."""
+    for folder in latest.parent.glob("step-*"):
+        if folder.resolve() != latest.resolve():
+            shutil.rmtree(folder)
+
+
+def point(link: Path, target: str):
+    """Make or move a symbolic link in one rename."""
+    if link.is_symlink() and os.readlink(link) == target:
+        return
+    if link.is_dir() and not link.is_symlink():  # in a copy of a run, links have become what they pointed to
+        shutil.rmtree(link)
+    new = link.with_name(f"{link.name}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target)
+    os.replace(new, link)
+
+
+def flush_to_disk(path: Path):
+    """Wait until a file or folder has reached the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 """Flags and bad input: one clear line, exit code 2, nothing written."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import rl
 import rollout
 import warmup
-from reward import InputError
 from rollout import run_script
 
 SCRIPTS = {"warmup": warmup, "rl": rl, "rollout": rollout, "evaluate": evaluate}
@@ -115,35 +117,99 @@ def test_cuda_asked_for_and_absent(monkeypatch, capsys, toy_run, tmp_path):
     assert not out.exists()
 
 
-def test_a_folder_without_a_checkpoint_and_a_file_are_refused(monkeypatch, capsys, tmp_path):
-    (tmp_path / "file").write_text("x")
-    for path in (tmp_path, tmp_path / "file"):
-        assert run(monkeypatch, "rl", "--model", path, "--out", tmp_path / "o") == 2
-        assert str(path) in capsys.readouterr().err
+GOOD = '{"question": "What is 1 + 1?", "answer": "1 + 1 = 2\\n#### 2"}\n'
+NO_COT = '{"item_id": "a", "question": "What is 1 + 1?", "answer_value": "2"}\n'
+LONG = json.dumps({"question": "How many? " * 300, "answer": "1 + 1 = 2\n#### 2"})
+
+# what is wrong: the lines of the data file, or changes of the checkpoint; the flags; the words that the error must hold
+BAD_INPUT = {
+    "no data file": (None, [], ["data.jsonl"]),
+    "empty file": ("", [], ["data.jsonl", "none of its 0 rows"]),
+    "broken line": (GOOD + '{"question": "x", "ans', [], ["data.jsonl:2", "not JSON"]),
+    "a list in place of a row": (GOOD + "[1, 2]\n", [], ["data.jsonl:2"]),
+    "not text": (b"\xff\xfe\x00", [], ["data.jsonl", "UTF-8"]),
+    "missing field": (GOOD + '{"question": "x"}\n', [], ["data.jsonl:2", "'answer'", "question, answer"]),
+    "empty question": (GOOD + '{"question": " ", "answer": "#### 2"}\n', [], ["data.jsonl:2", "question is empty"]),
+    "gold answer without a number": (GOOD + '{"question": "x", "answer": "#### two"}\n', [], ["data.jsonl:2", "two"]),
+    "gold answer missing": (GOOD + '{"question": "x", "answer": "1 + 1 = 2"}\n', [], ["data.jsonl:2", "####"]),
+    "no chain of thought": (NO_COT, [], ["1 of 1 training problems", "chain of thought"]),
+    "programs for words": (NO_COT.replace("}", ', "answer_cot": "def solution(): return 2"}'), [], ["engine"]),
+    "question longer than the context": (GOOD + LONG, [], ["problem 2", "context"]),
+    "completion longer than the context": (GOOD, ["--max-new-tokens", 999], ["context", "999"]),
+    "no EOS anywhere": (lambda run: edit(run, "tokenizer_config.json", "config.json"), [], ["end-of-sequence"]),
+    "a vocabulary larger than the embedding": (lambda run: cut_embedding(run), [], ["tokens in the tokenizer"]),
+    "the checkpoint is a file": (GOOD, ["--model", "data.jsonl"], ["data.jsonl", "not a checkpoint"]),
+    "the folder has no checkpoint": (GOOD, ["--model", "."], ["not a checkpoint"]),
+    "--out is a file": (GOOD, ["--out", "data.jsonl"], ["--out data.jsonl", "cannot be written"]),
+    "--out is below a file": (GOOD, ["--out", "data.jsonl/x"], ["--out data.jsonl/x", "cannot be written"]),
+    "no such hub id": (GOOD, ["--model", "nobody/nothing-here"], ["nobody/nothing-here", "local folder"]),
+    "no such hub data": (None, ["--data", "nobody/nothing-here"], ["nobody/nothing-here", "local"]),
+}
 
 
-def test_an_unreachable_hub_id_says_how_to_use_a_folder(monkeypatch, tmp_path):
-    from model import find_checkpoint
+def edit(run, *names):
+    """Take the end-of-sequence token out of these files."""
+    for name in names:
+        content = {k: v for k, v in json.loads((run / name).read_text()).items() if not k.startswith("eos_token")}
+        (run / name).write_text(json.dumps(content | ({"eos_token_id": None} if name == "config.json" else {})))
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+def cut_embedding(run):
+    """A checkpoint whose embedding has fewer rows than its tokenizer has tokens."""
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    weights = load_file(run / "model.safetensors")
+    small = {name: w[:300].clone() if "embed" in name or "head" in name else w for name, w in weights.items()}
+    save_file(small, run / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("script", ["warmup", "rl"])
+@pytest.mark.parametrize("what", BAD_INPUT)
+def test_bad_input_is_one_line_with_exit_code_2_and_nothing_written(
+    script, what, monkeypatch, capsys, toy_run, tmp_path
+):
+    content, flags, words = BAD_INPUT[what]
+    if what == "no chain of thought" and script == "rl":
+        pytest.skip("rl.py needs questions and answers only")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="folder"):
-        find_checkpoint("nobody/no-such-model-here")
+    shutil.copytree(toy_run, "model")
+    shutil.rmtree("model/.checkpoints")
+    if callable(content):
+        content(Path("model"))
+        content = GOOD
+    if content is not None:
+        Path("data.jsonl").write_bytes(content.encode() if isinstance(content, str) else content)
+    Path("test.jsonl").write_text(GOOD)
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    base = [
+        "--model",
+        "model",
+        "--task",
+        "gsm8k",
+        "--data",
+        "data.jsonl",
+        "--test-data",
+        "test.jsonl",
+        "--max-new-tokens",
+        "8",
+        "--out",
+        "out",
+    ]
+    assert run(monkeypatch, script, *base, *flags) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and len(error.splitlines()) == 1
+    assert all(word in error for word in words), error
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
 
-def test_a_question_longer_than_the_context_is_named(tmp_path, toy_run):
-    row = {"question": "How many? " * 300, "answer": "1+1=2\n#### 2"}
-    file = tmp_path / "train.jsonl"
-    file.write_text(json.dumps(row))
-    flags = {
-        "model": str(toy_run),
-        "task": "gsm8k",
-        "data": str(file),
-        "test_data": str(file),
-        "out": str(tmp_path / "o"),
-    }
-    with pytest.raises(InputError, match="context"):
-        warmup.main(warmup.Config(**flags))
-    with pytest.raises(InputError, match="context"):
-        rl.main(rl.Config(**flags))
-    assert not (tmp_path / "o").exists()
+@pytest.mark.parametrize("script", ["evaluate", "rollout"])
+def test_evaluate_and_rollout_refuse_a_file_as_checkpoint_and_as_out(script, monkeypatch, capsys, toy_run, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("x")
+    model = {"evaluate": lambda name: [name], "rollout": lambda name: ["--model", name]}[script]
+    for argv, word in (([*model("file")], "file: not a"), ([*model(str(toy_run)), "--out", "file"], "--out file")):
+        assert run(monkeypatch, script, *argv, "--limit", 2) == 2
+        error = capsys.readouterr().err.strip()
+        assert word in error and len(error.splitlines()) == 1
+    assert [path.name for path in Path().iterdir()] == ["file"]

@@ -1,0 +1,81 @@
+"""Kill and resume rl.py at random moments, then compare it with a run that nobody disturbed: they must be equal to the bit.
+
+python tests/soak.py --minutes 30
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+PROJECT = Path(__file__).parent.parent
+FLAGS = "--skip-ratio 0.25 --target-kl-behav 0.02 --rollout-batch 16 --minibatch 8 --max-new-tokens 24 --samples 2"
+TIMES = (
+    "seconds",
+    "rollout_seconds",
+    "update_seconds",
+    "rollout_tokens_per_second",
+    "tokens_per_second",
+    "peak_memory_gb",
+)
+
+
+def script(name: str, *argv) -> subprocess.Popen:
+    """Start one of the project's scripts, its output thrown away."""
+    command = [sys.executable, PROJECT / name, *map(str, argv)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # the same sums on a busy machine as on an idle one
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread)
+
+
+def state(run: Path) -> dict:
+    """What must be equal in two runs of rl.py: weights, optimizer, counters, samples, metrics without times and memory."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trainer = torch.load(run / "trainer.pt", weights_only=True)
+    return {
+        "weights": (run / "model.safetensors").read_bytes(),
+        "value head": (run / "value_head.pt").read_bytes(),
+        "optimizer": {(i, k): v.tolist() for i, m in trainer["optimizer"]["state"].items() for k, v in m.items()},
+        "counters": {name: trainer[name] for name in ("step", "level", "warned", "bad_in_a_row")},
+        "samples": (run / "samples.txt").read_text(),
+        "metrics": [{k: v for k, v in record.items() if k not in TIMES} for record in records],
+    }
+
+
+def soak(folder: Path, minutes: float, longest: float = 20.0) -> Counter:
+    """Disturb a run for so many minutes; returns how often it was hit by which signal, or raises AssertionError."""
+    warmup, disturbed, quiet = (folder / name for name in ("warmup", "disturbed", "quiet"))
+    assert script("warmup.py", "--out", warmup, "--steps", 40, "--limit", 400).wait() == 0
+    flags = ["--model", warmup, *FLAGS.split(), "--save-every", 1]
+    hits, dice, end = Counter(), random.Random(0), time.monotonic() + 60 * minutes
+    while time.monotonic() < end or not (disturbed / "trainer.pt").exists():
+        run = script("rl.py", *flags, "--out", disturbed, "--steps", 1_000_000, "--resume")
+        time.sleep(dice.uniform(0, longest))
+        number = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        run.send_signal(number)
+        code = run.wait()
+        assert code in (-number, 128 + number), f"left with {code} after {number.name}"
+        hits[number.name] += 1
+    steps = torch.load(disturbed / "trainer.pt", weights_only=True)["step"]
+    assert script("rl.py", *flags, "--out", disturbed, "--steps", steps, "--resume").wait() == 0  # cuts the logs
+    assert script("rl.py", *flags, "--out", quiet, "--steps", steps).wait() == 0
+    expected = state(quiet)
+    for name, value in state(disturbed).items():
+        assert value == expected[name], f"{name} differ after {steps} steps and {hits.total()} hits"
+    hits["steps"] = steps
+    return hits
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    with tempfile.TemporaryDirectory() as folder:
+        print("equal to the bit:", dict(soak(Path(folder), parser.parse_args().minutes)))
