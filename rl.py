@@ -43,7 +43,6 @@ from rollout import (
     token_logp,
 )
 from warmup import (
-    BAD_IN_A_ROW,
     LESS_MEMORY,
     TrainConfig,
     append_record,
@@ -52,13 +51,12 @@ from warmup import (
     leave_if_stopped,
     make_optimizer,
     micro_batches,
-    new_trainer,
     note_bad_batch,
     optimizer_step,
-    read_trainer,
     save_checkpoint,
     start_run,
-    until_signal,
+    start_trainer,
+    until_stopped,
 )
 
 CORRECTIONS = ("none", "ratio", "truncated", "retrace", "prefix")
@@ -129,30 +127,29 @@ def main(config: Config) -> dict:
     problems = load_problems(config.task, "train", config.data, config.limit, config.engine)
     test_problems = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
     reference, tokenizer, eos_ids = load(config.model, config.device, config.dtype)
-    marks = fingerprint(problems, reference)
-    saved = read_trainer("rl", config, marks) if config.resume else None
-    model = load(config.out, config.device, config.dtype)[0] if saved else copy.deepcopy(reference)
+    num_layers = len(reference.layers)
+    # what changes from batch to batch and is in no weight: layers to skip (they move with --target-kl-behav), one warning
+    state = {"level": config.skip_ratio * num_layers, "warned": False}
+    trainer = start_trainer("rl", config, fingerprint(problems, reference), **state)
+    resumed = trainer["step"] > 0
+    model = load(config.out, config.device, config.dtype)[0] if resumed else copy.deepcopy(reference)
     model.gradient_checkpointing = config.gradient_checkpointing
     freeze(reference)  # pi_theta^(0)
     optimizer = make_optimizer(model)
     # what cannot work is refused before anything is written
-    num_layers = len(model.layers)
     sample_skip(num_layers, config.skip_ratio)
     prompts = encode_prompts(problems, tokenizer, model, config.max_new_tokens)
     encode_prompts(test_problems, tokenizer, model, config.max_new_tokens)
-    # what changes from batch to batch and is in no weight: layers to skip (they move with --target-kl-behav), one warning
-    first = new_trainer("rl", config, marks) | {"level": config.skip_ratio * num_layers, "warned": False}
-    trainer = saved or first
-    if saved:
+    if resumed:
         optimizer.load_state_dict(trainer.pop("optimizer"))
-    out = start_run(config, saved)
+    out = start_run(config, trainer)
 
     if config.correction == "prefix":
         print("--correction prefix: lam is 1, as its theorem needs")
     updates_a_batch = config.ppo_epochs * math.ceil(config.rollout_batch / config.minibatch)
     done, stop = trainer["step"], []  # stop: the signal that asked for the end
     bar = tqdm(range(done + 1, config.steps + 1), desc="rl", unit="batch", initial=done, total=config.steps)
-    for step in until_signal(bar, stop):
+    for step in until_stopped(bar, trainer, stop):
         # 1. problems, and a new skip mask for every batch
         started = time.perf_counter()
         rng = np.random.default_rng((config.seed, 1, step))
@@ -244,8 +241,6 @@ def main(config: Config) -> dict:
         note_bad_batch(out, trainer, record, chosen)
         if config.save_every and step % config.save_every == 0 and step < config.steps and not stop:
             save_checkpoint(out, model, tokenizer, optimizer, trainer)
-        if trainer["bad_in_a_row"] >= BAD_IN_A_ROW:
-            break
 
     save_checkpoint(out, model, tokenizer, optimizer, trainer)
     leave_if_stopped(out, trainer, stop)

@@ -113,11 +113,12 @@ def main(config: Config) -> dict:
         raise InputError(
             f"{without} of {len(problems)} training problems have no chain of thought; warm-up needs one each"
         )
-    saved = read_trainer("warmup", config, fingerprint(problems)) if config.resume else None
-    if config.model is None and saved is None:
+    trainer = start_trainer("warmup", config, fingerprint(problems))
+    resumed = trainer["step"] > 0
+    if config.model is None and not resumed:
         model, tokenizer, eos_ids = toy_model(config, problems)
     else:
-        model, tokenizer, eos_ids = load(config.out if saved else config.model, config.device, config.dtype)
+        model, tokenizer, eos_ids = load(config.out if resumed else config.model, config.device, config.dtype)
     model.gradient_checkpointing = config.gradient_checkpointing
     examples = encode_examples(problems, tokenizer, model, eos_ids[0], config.engine)
     encode_prompts(test_problems, tokenizer, model, config.max_new_tokens)  # too long? now, not after the training
@@ -128,14 +129,13 @@ def main(config: Config) -> dict:
         )
     optimizer = make_optimizer(model, config.weight_decay, config.beta2)
     steps = config.steps or max(1, round(config.epochs * len(problems) / config.batch))
-    trainer = saved or new_trainer("warmup", config, fingerprint(problems))
-    if saved:
+    if resumed:
         optimizer.load_state_dict(trainer.pop("optimizer"))
-    out = start_run(config, saved)
+    out = start_run(config, trainer)
 
-    bar = tqdm(range(trainer["step"] + 1, steps + 1), desc="warm-up", unit="step", initial=trainer["step"], total=steps)
-    stop = []  # the signal that asked for the end
-    for step in until_signal(bar, stop):
+    done, stop = trainer["step"], []  # stop: the signal that asked for the end
+    bar = tqdm(range(done + 1, steps + 1), desc="warm-up", unit="step", initial=done, total=steps)
+    for step in until_stopped(bar, trainer, stop):
         started = time.perf_counter()
 
         # 2. a batch, and for a share of the batches a skip mask
@@ -175,8 +175,6 @@ def main(config: Config) -> dict:
         note_bad_batch(out, trainer, record, chosen)
         if config.save_every and step % config.save_every == 0 and step < steps and not stop:
             save_checkpoint(out, model, tokenizer, optimizer, trainer)
-        if trainer["bad_in_a_row"] >= BAD_IN_A_ROW:
-            break
 
     # 5. checkpoint, evaluation, figure
     save_checkpoint(out, model, tokenizer, optimizer, trainer)
@@ -303,8 +301,11 @@ def optimizer_step(model: Decoder, optimizer: torch.optim.Optimizer, lr: float, 
 # ---- runs that survive, shared with rl.py ---------------------------------------------------------------------------
 
 
-def until_signal(bar: tqdm, stop: list[int]) -> Iterator[int]:
-    """The steps of `bar` up to its end or to Ctrl-C or SIGTERM, which goes into `stop`; a second one leaves at once."""
+def until_stopped(bar: tqdm, trainer: dict, stop: list[int]) -> Iterator[int]:
+    """The steps of `bar` up to its end, or until numbers go bad, or Ctrl-C or SIGTERM comes.
+
+    The signal lets its step finish and goes into `stop`; a second one leaves at once.
+    """
 
     def note(number, frame):
         if stop:
@@ -316,7 +317,7 @@ def until_signal(bar: tqdm, stop: list[int]) -> Iterator[int]:
     try:
         for step in bar:
             yield step
-            if stop:
+            if stop or trainer["bad_in_a_row"] >= BAD_IN_A_ROW:
                 break
     finally:
         for number, handler in before.items():
@@ -346,51 +347,48 @@ def fingerprint(problems: list[Problem], reference: Decoder | None = None) -> li
     return [zlib.crc32(repr(problems).encode()), *(int(total) for total in weights)]
 
 
-def new_trainer(stage: str, config: TrainConfig, print_: list[int]) -> dict:
-    """The state of a run at its beginning; with the optimizer's it is what trainer.pt holds."""
-    counts = {"step": 0, "seconds": 0.0, "bad_in_a_row": 0}
-    return {"stage": stage, "config": asdict(config), "fingerprint": print_, **counts}
+def start_trainer(stage: str, config: TrainConfig, marks: list[int], **state) -> dict:
+    """What trainer.pt holds: the state of a run besides its weights. `state`: what this stage adds to it.
 
-
-def read_trainer(stage: str, config: TrainConfig, print_: list[int]) -> dict | None:
-    """trainer.pt of the run in --out, or None where there is none yet.
-
-    InputError names the flags that differ from those of the run, and data or reference weights that do.
+    With --resume it is read from --out, where there is one, and holds the optimizer too. InputError names the flags that
+    differ from those of that run, and says so if the data or the reference weights (`marks`) do.
     """
-    file = Path(config.out) / "trainer.pt"
+    file, now = Path(config.out) / "trainer.pt", asdict(config)
+    new = {"stage": stage, "config": now, "marks": marks, "step": 0, "seconds": 0.0, "bad_in_a_row": 0, **state}
+    if not config.resume:
+        return new
     if not file.exists():
         print(f"nothing to resume in {config.out}: starting from the beginning")
-        return None
+        return new
     with named_in_errors(file):
         saved = torch.load(file, map_location="cpu", weights_only=True)
         if saved["stage"] != stage:
             raise InputError(f"{file}: written by {saved['stage']}.py; {stage}.py cannot resume it")
         before, step = saved["config"], saved["step"]
-    now = asdict(config)
-    changed = [n for n in now if n not in FREE_ON_RESUME and now[n] != before.get(n) and (n, stage) != ("steps", "rl")]
+    free = FREE_ON_RESUME | ({"steps"} if stage == "rl" else set())  # the learning rate of rl.py knows no end
+    changed = [name for name in now if name not in free and now[name] != before.get(name)]
     if changed:
-        flags = ", ".join(f"--{n.replace('_', '-')} {now[n]} (there: {before.get(n)})" for n in changed)
+        flags = ", ".join(f"--{name.replace('_', '-')} {now[name]} (there: {before.get(name)})" for name in changed)
         raise InputError(
-            f"{config.out}: this run has other flags: {flags}; resume with the same ones or take another --out"
+            f"{config.out}: a run with other flags: {flags}; resume with the same ones or take another --out"
         )
     if stage == "rl" and now["steps"] < step:
         raise InputError(f"--steps is {now['steps']}, but the run in {config.out} has done {step} already")
-    if saved["fingerprint"] != print_:
+    if saved["marks"] != marks:
         raise InputError(
             f"{config.out}: the training problems or the weights of --model are not those of this run any more"
         )
-    saved["config"] = now
-    return saved
+    return saved | {"config": now}
 
 
-def start_run(config: TrainConfig, saved: dict | None) -> Path:
+def start_run(config: TrainConfig, trainer: dict) -> Path:
     """The folder of a run with run.json in it; its logs are emptied, or cut to what they held at the checkpoint."""
     out = make_folder(config.out)
-    if saved is None:  # an older run's state must not continue this one
+    if trainer["step"] == 0:  # an older run's state must not continue this one
         for file in ((out / "trainer.pt").resolve(), out / "trainer.pt"):
             file.unlink(missing_ok=True)
     for name in LOGS:
-        size = saved["log_sizes"].get(name, 0) if saved else 0
+        size = trainer.get("log_sizes", {}).get(name, 0)
         if size > ((out / name).stat().st_size if (out / name).exists() else 0):
             raise InputError(f"{out / name}: shorter than it was at the checkpoint; restore it or take another --out")
         if (out / name).exists() or name == "metrics.jsonl":

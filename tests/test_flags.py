@@ -182,20 +182,8 @@ def test_bad_input_is_one_line_with_exit_code_2_and_nothing_written(
         Path("data.jsonl").write_bytes(content.encode() if isinstance(content, str) else content)
     Path("test.jsonl").write_text(GOOD)
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    base = [
-        "--model",
-        "model",
-        "--task",
-        "gsm8k",
-        "--data",
-        "data.jsonl",
-        "--test-data",
-        "test.jsonl",
-        "--max-new-tokens",
-        "8",
-        "--out",
-        "out",
-    ]
+    data = ["--task", "gsm8k", "--data", "data.jsonl", "--test-data", "test.jsonl"]
+    base = ["--model", "model", "--out", "out", "--max-new-tokens", "8", *data]
     assert run(monkeypatch, script, *base, *flags) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and len(error.splitlines()) == 1

@@ -237,7 +237,9 @@ def test_reward_and_kl_penalty_enter_as_equation_4(toy_run, tmp_path, monkeypatc
     flags = {"steps": 2, "lr": 1e-2, "kl_coef": 0.5, "save_every": 1, "skip_ratio": 0.25, "dtype": "float64"}
     saved = []
     real_save = rl.save_checkpoint
-    monkeypatch.setattr(rl, "save_checkpoint", lambda out, m, t: saved.append(copy.deepcopy(m)) or real_save(out, m, t))
+    monkeypatch.setattr(
+        rl, "save_checkpoint", lambda out, m, *rest: saved.append(copy.deepcopy(m)) or real_save(out, m, *rest)
+    )
     _, records = train(toy_run, tmp_path / "rl", **flags)
     rewards, _, mask, *_ = calls[1]
     with torch.no_grad():

@@ -114,7 +114,7 @@ def test_a_new_run_is_not_resumed_from_the_old_one_in_its_folder(tmp_path, monke
     with pytest.raises(KeyError):
         warm(tmp_path / "run", steps=2, seed=1)
     load(tmp_path / "run", None, None)  # the old weights are still there
-    assert warmup.read_trainer("warmup", warmup.Config(out=str(tmp_path / "run")), []) is None
+    assert warmup.start_trainer("warmup", warmup.Config(out=str(tmp_path / "run"), resume=True), [])["step"] == 0
 
 
 def test_a_copied_run_with_links_followed_can_be_resumed(toy_run, tmp_path):
@@ -340,13 +340,13 @@ def test_a_loss_that_is_not_finite_changes_no_weight_and_its_batch_is_written_do
     assert bad["step"] == 3 and bad["problems"] == warmup.batch_indices(0, 3, 4, 40)
 
 
-def test_a_gradient_that_is_not_finite_changes_no_weight_and_no_moment():
+def test_a_gradient_or_loss_that_is_not_finite_changes_no_weight_and_no_moment():
     decoder = torch.nn.Linear(2, 1)
     optimizer = torch.optim.AdamW(decoder.parameters())
-    for gradient in (1.0, torch.inf, torch.nan):
+    for gradient, loss in ((1.0, 1.0), (torch.inf, 1.0), (torch.nan, 1.0), (2.0, torch.nan)):
         decoder.weight.grad = torch.tensor([[1.0, gradient]])
         before = [p.clone() for p in decoder.parameters()], optimizer.state_dict()["state"].get(0, {}).copy()
-        norm = warmup.optimizer_step(decoder, optimizer, 0.1, 1.0)
+        norm = warmup.optimizer_step(decoder, optimizer, 0.1, loss)
         if gradient == 1.0:
             assert norm > 0 and not torch.equal(before[0][0], decoder.weight)
         else:
