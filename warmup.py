@@ -270,9 +270,13 @@ def batch_indices(seed: int, step: int, batch: int, count: int) -> list[int]:
 
 
 def micro_batches(lengths: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
-    """Rows of like length, `size` at a time, and the columns they need: little time goes into padding."""
-    for rows in lengths.argsort(stable=True).split(size):
-        yield rows, int(lengths[rows[-1]])
+    """Rows of like length, at most `size` together, and the columns they need: at most a fifth of it is padding."""
+    rows, start = lengths.argsort(stable=True), 0
+    ascending = lengths[rows].tolist()
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or end - start == size or ascending[end] > 1.25 * ascending[start]:
+            yield rows[start:end], ascending[end - 1]
+            start = end
 
 
 def make_optimizer(model: Decoder, weight_decay: float = 0.0, beta2: float = 0.999) -> torch.optim.AdamW:

@@ -294,12 +294,11 @@ def test_missing_or_non_finite_logp_behav_raises():
 def test_mismatch_by_hand():
     mask = torch.tensor([[True, True], [True, False]])
     rho = torch.tensor([[4.0, 0.5], [1.0, 9.0]], dtype=F64)
-    kl = torch.tensor([[0.1, 0.2], [0.3, 9.0]], dtype=F64)
-    got = rl.mismatch(rho.log(), torch.zeros_like(rho), kl, mask, 2.0, torch.tensor([1.0, 0.0], dtype=F64))
+    got = rl.mismatch(rho.log(), torch.zeros_like(rho), mask, 2.0, torch.tensor([1.0, 0.0], dtype=F64))
     tokens, sequences = [4.0, 0.5, 1.0], [2.0, 1.0]
-    assert got["kl_behav"] == pytest.approx(0.2)
     assert got["kl_behav_k1"] == pytest.approx(-sum(map(math.log, tokens)) / 3)
-    assert got["kl_behav_k3"] == pytest.approx(sum(w - 1 - math.log(w) for w in tokens) / 3)
+    assert got["kl_behav"] == pytest.approx(sum(w - 1 - math.log(w) for w in tokens) / 3)
+    assert got["entropy"] == pytest.approx(-sum(w * math.log(w) for w in tokens) / 3)
     assert got["above_cap"] == pytest.approx(1 / 3)
     assert got["ess_tokens"] == pytest.approx((5.5 / 3) ** 2 / ((16 + 0.25 + 1) / 3))
     assert got["ess_sequences"] == pytest.approx(1.5**2 / 2.5)
@@ -309,7 +308,7 @@ def test_mismatch_by_hand():
     assert sum(sequences) == 3
 
 
-def test_the_three_kl_estimates_agree_in_expectation():
+def test_kl_and_entropy_from_the_samples_of_mu_are_unbiased():
     problem = Problem(0)
     mu = problem.probability(problem.logp_behav)
     log_mu, log_pi = problem.mu_table.log_softmax(-1), problem.theta.detach().log_softmax(-1)
@@ -319,6 +318,9 @@ def test_the_three_kl_estimates_agree_in_expectation():
     expected = (mu @ exact.sum(1)).item()
     assert (mu @ k1.sum(1)).item() == pytest.approx(expected, abs=1e-12)
     assert (mu @ k3.sum(1)).item() == pytest.approx(expected, abs=1e-12)
+    entropy = -(log_pi.exp() * log_pi).sum(-1)[problem.index] * problem.mask
+    sampled = -log_rho.exp() * problem.logp_old * problem.mask
+    assert (mu @ sampled.sum(1)).item() == pytest.approx((mu @ entropy.sum(1)).item(), abs=1e-12)
 
 
 def test_the_number_of_skipped_layers_settles_where_kl_is_near_the_target():
