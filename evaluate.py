@@ -1,10 +1,12 @@
 """Greedy accuracy, maj@k and pass@k of any run on any task; tables and figures.
 
 python evaluate.py runs/warmup runs/rl --samples 8
+python evaluate.py runs/study/* --samples 8             runs that differ in more than their seed are compared as groups
 """
 
 import json
 import math
+import statistics
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,6 +79,11 @@ def main(config: Config) -> list[dict]:
         rows.append(cells + [f"{result[f'{kind}@{k}']:.3f}" for kind in ("maj", "pass") for k in ks])
     print_table(header + [f"{kind}@{k}" for kind in ("maj", "pass") for k in ks], rows)
     draw_results(out, config, results)
+    groups = group_runs(config.runs, results)
+    if 1 < len(groups) < len(config.runs):
+        print_groups(groups)
+        write_json(out / "study.json", groups)
+        draw_groups(out, groups)
     return results
 
 
@@ -152,8 +159,92 @@ def report(result: dict, seconds: float) -> str:
 
 
 def read_metrics(run: str | Path) -> list[dict]:
-    """The records of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    """The records of a run's metrics.jsonl; none where there is no such file."""
+    file = Path(run) / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+# ---- groups of runs -------------------------------------------------------------------------------------------------
+
+TARGET = 0.9  # the greedy accuracy whose time is taken
+NOT_A_SETTING = {"seed", "out", "model", "resume", "device", "save_every", "eval_every", "micro_batch", "max_rows"}
+
+
+def settings(run: str | Path) -> dict:
+    """The flags in run.json and, as "warm-up ...", those of the run that it started from."""
+    file = Path(run) / "run.json"
+    flags = read_json(file) if file.exists() else {}
+    before = Path(flags.get("model") or "") / "run.json"
+    warm_up = read_json(before) if flags.get("model") and before.exists() else {}
+    return flags | {f"warm-up {name}": value for name, value in warm_up.items() if name not in NOT_A_SETTING}
+
+
+def group_runs(runs: tuple[str, ...], results: list[dict]) -> list[dict]:
+    """Runs that differ in nothing but their seed make one group: its settings that other groups do not share, and what
+    its runs reached, a list each.
+
+    seconds_to_target: seconds of training, evaluations left out, until a greedy evaluation reached TARGET; None: never.
+    """
+    flags = [settings(run) for run in runs]
+    names = sorted({name for one in flags for name in one} - NOT_A_SETTING)
+    varied = [name for name in names if len({repr(one.get(name)) for one in flags}) > 1]
+    groups: dict[str, dict] = {}
+    for run, one, result in zip(runs, flags, results, strict=True):
+        setting = {name: one.get(name) for name in varied}
+        group = groups.setdefault(repr(setting), {"setting": setting, "runs": [], "curves": []})
+        records = read_metrics(run)
+        curve = [(r["seconds"], r["greedy_accuracy"]) for r in records if r.get("greedy_accuracy") is not None]
+        reached = {kind: value for kind, value in result.items() if kind == "greedy_accuracy" or "@" in kind}
+        reached["seconds_to_target"] = next((seconds for seconds, accuracy in curve if accuracy >= TARGET), None)
+        reached["seconds"] = records[-1]["seconds"] if records else None
+        for name in ("kl_behav", "ess_tokens"):
+            values = [record[name] for record in records if record.get(name) is not None]
+            reached[name] = sum(values) / len(values) if values else None
+        for name, value in reached.items():
+            group.setdefault(name, []).append(value)
+        group["runs"].append(str(run))
+        group["curves"].append(curve)
+    return sorted(groups.values(), key=lambda group: [str(value) for value in group["setting"].values()])
+
+
+def mean_and_sd(values: list[float | None], digits: int = 3) -> str:
+    """Mean and standard deviation of what was reached, and by how many of the runs where some did not."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    text = f"{statistics.mean(known):.{digits}f}"
+    text += f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
+
+
+def print_groups(groups: list[dict]):
+    """One row a group: what distinguishes it, and mean ± standard deviation over its runs."""
+    varied = list(groups[0]["setting"])
+    columns = {"greedy_accuracy": ("greedy accuracy", 3)}
+    columns |= {name: (name, 3) for name in groups[0] if "maj@" in name}
+    columns |= {"seconds_to_target": (f"seconds to {TARGET:g}", 1), "seconds": ("seconds", 1)}
+    columns |= {"kl_behav": ("KL/token", 4), "ess_tokens": ("token ESS", 2)}
+    rows = []
+    for group in groups:
+        cells = ["-" if value is None else value for value in group["setting"].values()]
+        cells += [mean_and_sd(group[name], digits) for name, (_, digits) in columns.items()]
+        rows.append([*cells, len(group["runs"])])
+    print_table([*(name.replace("_", " ") for name in varied), *(title for title, _ in columns.values()), "runs"], rows)
+
+
+def draw_groups(out: Path, groups: list[dict]):
+    """study.png: greedy accuracy over the seconds of training, one line a group; its runs are averaged point by point."""
+    figure, (panel,) = new_figure(1, width=9.0)
+    for group in groups:
+        curves = [curve for curve in group["curves"] if curve]
+        if curves:
+            points = [[statistics.mean(axis) for axis in zip(*at, strict=True)] for at in zip(*curves, strict=False)]
+            panel.plot(*zip(*points, strict=True), ".-", label=", ".join(map(str, group["setting"].values())))
+    panel.set(xlabel="seconds of training", ylabel="greedy accuracy", ylim=(None, 1.02))
+    panel.grid(alpha=0.3)
+    panel.legend(title=", ".join(groups[0]["setting"]).replace("_", " "), loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(out / "study.png", dpi=120)
+    print(f"figure: {out / 'study.png'}")
 
 
 def draw_curves(run: Path, keys: tuple[str, ...]):

@@ -33,7 +33,11 @@ def script(name: str, *argv) -> subprocess.Popen:
     """Start one of the project's scripts, its output thrown away."""
     command = [sys.executable, PROJECT / name, *map(str, argv)]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # the same sums on a busy machine as on an idle one
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    # what a shell starts in the background ignores Ctrl-C, and hands that on
+    return subprocess.Popen(
+        command, env=one_thread, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **quiet
+    )
 
 
 def state(run: Path) -> dict:
