@@ -445,7 +445,7 @@ def save_checkpoint(out: Path, model: Decoder, tokenizer, optimizer: torch.optim
     except Exception as error:  # OSError, and what torch, safetensors and tokenizers make of it
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{out}: the checkpoint cannot be written ({reason}); the one before it is still there"
+            f"{out}: the checkpoint cannot be written ({reason}); one that was saved before stays"
         ) from error
     finally:
         with contextlib.suppress(OSError):
