@@ -15,7 +15,9 @@ Run as a script it measures what skipping layers buys and what it costs:
 
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +82,10 @@ def uniforms(seed: int, sample_index: int, count: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng((seed, sample_index)).random(count))
 
 
+PREFILL = 32  # prompts of one prefill; sorted by length, they have little padding among them
+LOOK_EVERY = {"cpu": 1, "cuda": 16}  # decode steps between looks for finished rows: at each look the host waits for the GPU
+
+
 @torch.no_grad()
 def sample(
     model: Decoder,
@@ -97,8 +103,9 @@ def sample(
     """Complete every prompt `num_samples` times with the layers of `skip` left out: a_t ~ mu(. | s_t), eq. (2).
 
     prompts: lists of token ids. eos_id: one id, several, or [] for none. temperature 0 is greedy. seed: one int, or one a
-    prompt. max_rows: at most so many rows at a time (memory). The noise is one uniform number per (seed, prompt, sample,
-    position), so the completions depend neither on max_rows nor on a row's neighbours.
+    prompt. max_rows: at most so many rows run at a time (memory); when some have ended, waiting ones take their place.
+    The noise is one uniform number per (seed, prompt, sample, position), so the completions depend neither on max_rows nor
+    on a row's neighbours.
     """
     device, longest = model.embed.weight.device, max(map(len, prompts), default=0)
     if not longest or not all(prompts):
@@ -106,69 +113,107 @@ def sample(
     if longest + max_new_tokens > model.config.max_positions:
         raise ValueError(f"{longest} prompt tokens + {max_new_tokens} new ones > context {model.config.max_positions}")
     seeds = prompt_seeds(seed, len(prompts)) if isinstance(seed, int) else seed
-    eos = torch.tensor([eos_id] if isinstance(eos_id, int) else eos_id, dtype=torch.int64, device=device)
+    is_eos = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)  # (vocab,)
+    is_eos[[eos_id] if isinstance(eos_id, int) else eos_id] = True
 
+    # N rows and T columns, and one more of each for what nobody reads: what an empty slot or an ended row still draws
     N, T = len(prompts) * num_samples, longest + max_new_tokens
     tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True, padding_value=pad_id)
-    tokens = F.pad(tokens, (0, max_new_tokens), value=pad_id).repeat_interleave(num_samples, 0).to(device)  # (N, T)
+    tokens = F.pad(tokens.repeat_interleave(num_samples, 0), (0, max_new_tokens + 1, 0, 1), value=pad_id).to(device)
     dtype = torch.promote_types(model.embed.weight.dtype, torch.float32)
-    logp_behav = torch.zeros(N, T - 1, dtype=dtype, device=device)
+    logp_behav = torch.zeros(N + 1, T + 1, dtype=dtype, device=device)  # in the column of its token, for now
+    noise = torch.zeros(N + 1, T + 1, dtype=torch.float64)
+    for n in range(N if temperature > 0 else 0):
+        i, first = n // num_samples, len(prompts[n // num_samples])
+        noise[n, first : first + max_new_tokens] = uniforms(seeds[i], n % num_samples, max_new_tokens)
+    noise = noise.to(device)
     prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(num_samples)
-    lengths = prompt_lens + max_new_tokens  # until EOS says otherwise
-    finished = torch.zeros(N, dtype=torch.bool, device=device)
+    lengths, finished = prompt_lens.clone(), torch.zeros(N, dtype=torch.bool, device=device)
 
-    by_length = prompt_lens.argsort(stable=True)  # a pass over rows of like length has little padding
+    # a slot works on one row, whose newest token stands in column `newest`; slots 0..R-1 are taken
+    slots, R, every = min(max_rows or N, N), 0, LOOK_EVERY[device.type]
+    row = torch.full((slots,), N, device=device)
+    newest = torch.zeros(slots, dtype=torch.int64, device=device)
+    cache = model.new_cache(slots, T, skip)
+    ages = torch.arange(every - 1, -1, -1, device=device)  # (every,)
+
+    def emit(hidden: Tensor, begin: int, end: int):
+        """Draw the next token of slots begin..end-1; hidden: (end - begin, d)."""
+        cell = row[begin:end], newest[begin:end] + 1
+        tokens[cell], logp_behav[cell] = draw(model.logits(hidden), noise[cell], temperature)
+        newest[begin:end] = cell[1].clamp(max=T - 1)
+
+    def step(rows: int, width: int):
+        """A token for each of the first `rows` slots. It reads no value back, so that a CUDA graph can hold it."""
+        column = newest[:rows, None]  # (rows, 1)
+        token = tokens[row[:rows, None], column]  # (rows, 1)
+        emit(model(token, skip, cache[:, :, :rows, :, :width], column)[:, 0], 0, rows)
+
+    queue = prefilled(model, prompts, num_samples, skip)
     # one autocast around all steps, so that the weights are cast to bf16 once a rollout and not once a token
     with torch.autocast(device.type, torch.bfloat16, enabled=model.autocast):
-        for alive in by_length.split(max_rows or N):  # (R,): the rows of this pass that still run
-            noise = [uniforms(seeds[n // num_samples], n % num_samples, max_new_tokens) for n in alive.tolist()]
-            noise = torch.stack(noise).to(device)  # (R, max_new_tokens)
-            column = prompt_lens[alive]  # (R,): where the next token goes
-            width = int(column.max())
-            hidden, cache = prefill(model, tokens[:, :width], alive, column, num_samples, max_new_tokens, skip)
-            for t in range(max_new_tokens):
-                action, logp = draw(model.logits(hidden), noise[:, t], temperature)  # (R,)
-                tokens[alive, column] = action
-                logp_behav[alive, column - 1] = logp
-                ended = torch.isin(action, eos) & ~finished[alive]
-                lengths[alive[ended]] = column[ended] + 1
-                finished[alive[ended]] = True
-                running = ~finished[alive]
-                R = int(running.sum())
-                if R == 0 or t == max_new_tokens - 1:
-                    break
-                if R <= 0.75 * len(alive):  # finished rows leave the batch; sooner, copying the cache would cost more
-                    alive, column, action, noise = alive[running], column[running], action[running], noise[running]
-                    cache[:, :, :R, :, : width + t] = cache[:, :, running, :, : width + t]
-                    cache = cache[:, :, :R]
-                hidden = model(action[:, None], skip, cache[..., : width + t + 1, :], column[:, None])[:, 0]  # (R, d)
-                column = column + 1
+        while True:
+            # 1. waiting rows take the free slots, several at a time
+            arrivals = list(islice(queue, slots - R)) if R <= 0.875 * slots else []
+            if arrivals:
+                end = R + len(arrivals)
+                row[R:end] = torch.tensor([n for n, _, _ in arrivals], device=device)
+                newest[R:end] = prompt_lens[row[R:end]] - 1
+                for slot, (_, _, prompt_cache) in enumerate(arrivals, R):
+                    cache[:, :, slot, :, : prompt_cache.shape[3]] = prompt_cache
+                emit(torch.stack([hidden for _, hidden, _ in arrivals]), R, end)
+                R = end
+            if R == 0:
+                break
 
-    T = int(lengths.max())
-    column = torch.arange(T, device=device)
+            # 2. ended rows leave, and the last slots move into the holes
+            recent = (newest[:R, None] - ages).clamp(min=0)  # (R, every): the columns drawn since the last look
+            first = prompt_lens[row[:R], None]  # (R, 1)
+            ends = is_eos[tokens[row[:R, None], recent]] | (recent == first + max_new_tokens - 1)
+            ends &= recent >= first  # an EOS in the prompt ends nothing
+            ended = ends.any(1)  # (R,)
+            if ended.any():
+                n, last = row[:R][ended], recent.gather(1, ends.int().argmax(1, keepdim=True))[ended, 0]
+                lengths[n], finished[n] = last + 1, is_eos[tokens[n, last]]
+                stay = R - len(n)
+                holes, movers = ended[:stay].nonzero()[:, 0], stay + (~ended[stay:]).nonzero()[:, 0]
+                for state in (row, newest):
+                    state[holes] = state[movers]
+                cache[:, :, holes] = cache[:, :, movers]
+                row[stay:R], newest[stay:R] = N, 0
+                R = stay
+
+            # 3. the others decode
+            if R:
+                rows, width = R, int(newest[:R].max()) + 1
+                for _ in range(every):
+                    step(rows, width)
+
+    column = torch.arange(int(lengths.max()), device=device)  # (T,) from here on
     action_mask = (column >= prompt_lens[:, None]) & (column < lengths[:, None])  # by length, never by id
-    tokens = tokens[:, :T].masked_fill(column >= lengths[:, None], pad_id)
+    tokens = tokens[:N, : len(column)].masked_fill(column >= lengths[:, None], pad_id)
     action_mask = action_mask[:, 1:]  # column t speaks of the token at t + 1
-    logp_behav = logp_behav[:, : T - 1].masked_fill(~action_mask, 0)
+    logp_behav = logp_behav[:N, 1 : len(column)].masked_fill(~action_mask, 0)
     return Rollout(tokens, prompt_lens, lengths, action_mask, logp_behav, finished, skip)
 
 
-def prefill(
-    model: Decoder, tokens: Tensor, alive: Tensor, starts: Tensor, num_samples: int, room: int, skip: Tensor | None
-):
-    """Run each prompt once and give every row of it a copy of the cache.
+def prefilled(
+    model: Decoder, prompts: list[list[int]], num_samples: int, skip: Tensor | None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Every row, short prompts first: its number, the hidden state (d,) of its last prompt token, and the cache of its prompt.
 
-    tokens: (N, width); alive, starts: (R,) rows and their prompt lengths -> hidden (R, d) at the last prompt token, and a
-    cache of R rows with `room` empty columns.
+    A prompt runs once for all its samples, PREFILL prompts at a time, when their turn comes.
     """
-    width = tokens.shape[1]
-    prompt, copy = torch.unique(alive // num_samples, return_inverse=True)  # (U,), (R,)
-    columns = torch.arange(width, device=tokens.device).expand(len(prompt), width)
-    prompt_cache = model.new_cache(len(prompt), width, skip)
-    hidden = model(tokens[prompt * num_samples], skip, prompt_cache, columns)  # (U, width, d)
-    cache = model.new_cache(len(alive), width + room, skip)
-    cache[..., :width, :] = prompt_cache[:, :, copy]
-    return hidden[copy, starts - 1], cache
+    device = model.embed.weight.device
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for group in (by_length[start : start + PREFILL] for start in range(0, len(prompts), PREFILL)):
+        tokens = pad_sequence([torch.tensor(prompts[i]) for i in group], batch_first=True).to(device)  # (U, width)
+        cache = model.new_cache(*tokens.shape, skip)
+        hidden = model(tokens, skip, cache, torch.arange(tokens.shape[1], device=device).expand(tokens.shape))
+        for u, i in enumerate(group):
+            end = len(prompts[i])
+            for n in range(i * num_samples, (i + 1) * num_samples):
+                yield n, hidden[u, end - 1], cache[:, :, u, :, :end]
 
 
 def encode_prompts(problems: list[Problem], tokenizer, model: Decoder, max_new_tokens: int) -> list[list[int]]:
