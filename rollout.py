@@ -83,7 +83,10 @@ def uniforms(seed: int, sample_index: int, count: int) -> Tensor:
 
 
 PREFILL = 32  # prompts of one prefill; sorted by length, they have little padding among them
-LOOK_EVERY = {"cpu": 1, "cuda": 16}  # decode steps between looks for finished rows: at each look the host waits for the GPU
+LOOK_EVERY = {
+    "cpu": 1,
+    "cuda": 16,
+}  # decode steps between looks for finished rows: at each look the host waits for the GPU
 
 
 @torch.no_grad()
