@@ -63,13 +63,13 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     logits: (R, vocab); uniform: (R,) float64 in [0, 1), inverted through the cumulative distribution.
     Temperature 0 is greedy, with the log-probability at temperature 1.
     """
+    probs = (logits / temperature if temperature not in (0, 1) else logits).softmax(-1)  # (R, vocab)
     if temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, token_logp(logits, tokens)
-    logits = logits / temperature
-    cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (R, vocab); in fp32 rounding would move the borders
-    tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).squeeze(-1)  # (R,)
-    return tokens, token_logp(logits, tokens)
+        tokens = logits.argmax(-1)  # (R,)
+    else:
+        cdf = probs.cumsum(-1, dtype=torch.float64)  # (R, vocab); in fp32 rounding would move the borders
+        tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).squeeze(-1)  # (R,)
+    return tokens, probs.gather(-1, tokens[:, None]).squeeze(-1).log()
 
 
 def prompt_seeds(seed: int, count: int) -> list[int]:
@@ -133,61 +133,61 @@ def sample(
     prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(num_samples)
     lengths, finished = prompt_lens.clone(), torch.zeros(N, dtype=torch.bool, device=device)
 
-    # a slot works on one row, whose newest token stands in column `newest`; slots 0..R-1 are taken
-    slots, R, every = min(max_rows or N, N), 0, LOOK_EVERY[device.type]
+    # a slot works on one row: its newest token stands in column `newest`, its last one in column `end`, once there is one
+    slots, R, every = min(max_rows or N, N), 0, LOOK_EVERY[device.type]  # slots 0..R-1 are taken
     row = torch.full((slots,), N, device=device)
-    newest = torch.zeros(slots, dtype=torch.int64, device=device)
+    newest, limit, end = torch.zeros(3, slots, dtype=torch.int64, device=device)  # limit: the last column it may fill
     cache = model.new_cache(slots, T, skip)
-    ages = torch.arange(every - 1, -1, -1, device=device)  # (every,)
 
-    def emit(hidden: Tensor, begin: int, end: int):
-        """Draw the next token of slots begin..end-1; hidden: (end - begin, d)."""
-        cell = row[begin:end], newest[begin:end] + 1
-        tokens[cell], logp_behav[cell] = draw(model.logits(hidden), noise[cell], temperature)
-        newest[begin:end] = cell[1].clamp(max=T - 1)
+    def emit(hidden: Tensor, taken: slice):
+        """Draw the next token of some slots; hidden: (slots taken, d) at their newest tokens."""
+        column = newest[taken] + 1
+        cell = row[taken], column
+        action, logp = draw(model.logits(hidden), noise[cell], temperature)
+        tokens[cell], logp_behav[cell] = action, logp
+        ends = (is_eos[action] | (column == limit[taken])) & (end[taken] == 0)
+        end[taken] = torch.where(ends, column, end[taken])
+        newest[taken] = column.clamp(max=T - 1)
 
     def step(rows: int, width: int):
         """A token for each of the first `rows` slots. It reads no value back, so that a CUDA graph can hold it."""
         column = newest[:rows, None]  # (rows, 1)
         token = tokens[row[:rows, None], column]  # (rows, 1)
-        emit(model(token, skip, cache[:, :, :rows, :, :width], column)[:, 0], 0, rows)
+        emit(model(token, skip, cache[:, :, :rows, :, :width], column)[:, 0], slice(rows))
 
     queue = prefilled(model, prompts, num_samples, skip)
     # one autocast around all steps, so that the weights are cast to bf16 once a rollout and not once a token
-    with torch.autocast(device.type, torch.bfloat16, enabled=model.autocast):
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=model.autocast):
         while True:
             # 1. waiting rows take the free slots, several at a time
             arrivals = list(islice(queue, slots - R)) if R <= 0.875 * slots else []
             if arrivals:
-                end = R + len(arrivals)
-                row[R:end] = torch.tensor([n for n, _, _ in arrivals], device=device)
-                newest[R:end] = prompt_lens[row[R:end]] - 1
+                taken = slice(R, R + len(arrivals))
+                row[taken] = torch.tensor([n for n, _, _ in arrivals], device=device)
+                newest[taken] = prompt_lens[row[taken]] - 1
+                limit[taken], end[taken] = newest[taken] + max_new_tokens, 0
                 for slot, (_, _, prompt_cache) in enumerate(arrivals, R):
                     cache[:, :, slot, :, : prompt_cache.shape[3]] = prompt_cache
-                emit(torch.stack([hidden for _, hidden, _ in arrivals]), R, end)
-                R = end
+                emit(torch.stack([hidden for _, hidden, _ in arrivals]), taken)
+                R = taken.stop
             if R == 0:
                 break
 
-            # 2. ended rows leave, and the last slots move into the holes
-            recent = (newest[:R, None] - ages).clamp(min=0)  # (R, every): the columns drawn since the last look
-            first = prompt_lens[row[:R], None]  # (R, 1)
-            ends = is_eos[tokens[row[:R, None], recent]] | (recent == first + max_new_tokens - 1)
-            ends &= recent >= first  # an EOS in the prompt ends nothing
-            ended = ends.any(1)  # (R,)
+            # 2. rows that have ended leave, and the last slots move into the holes
+            ended = end[:R] > 0
             if ended.any():
-                n, last = row[:R][ended], recent.gather(1, ends.int().argmax(1, keepdim=True))[ended, 0]
+                n, last = row[:R][ended], end[:R][ended]
                 lengths[n], finished[n] = last + 1, is_eos[tokens[n, last]]
                 stay = R - len(n)
                 holes, movers = ended[:stay].nonzero()[:, 0], stay + (~ended[stay:]).nonzero()[:, 0]
-                for state in (row, newest):
+                for state in (row, newest, limit, end):
                     state[holes] = state[movers]
                 cache[:, :, holes] = cache[:, :, movers]
                 row[stay:R], newest[stay:R] = N, 0
                 R = stay
 
             # 3. the others decode
-            if R:
+            if R > 0:
                 rows, width = R, int(newest[:R].max()) + 1
                 for _ in range(every):
                     step(rows, width)
