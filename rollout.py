@@ -11,12 +11,17 @@ equals one masked forward pass over it. One row of a Rollout, a prompt of 3 toke
 Run as a script it measures what skipping layers buys and what it costs:
 
     python rollout.py --model runs/warmup --skip-ratios 0 0.125 0.25 0.5
+    python rollout.py --bench               beside transformers' generate() and the limit of the machine
 """
 
+import contextlib
+import re
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -24,12 +29,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import HfArgumentParser
+from transformers import AutoModelForCausalLM, GenerationConfig, HfArgumentParser, Qwen2Config
 
-from model import Decoder, load, sample_skip, write_json
+from model import Decoder, load, pick_device, sample_skip, write_json
 from reward import TASKS, InputError, Problem, extract_answer, load_problems, make_prompt, score
 from sandbox import execute, score_number
 
@@ -134,10 +140,11 @@ def sample(
     lengths, finished = prompt_lens.clone(), torch.zeros(N, dtype=torch.bool, device=device)
 
     # a slot works on one row: its newest token stands in column `newest`, its last one in column `end`, once there is one
-    slots, R, every = min(max_rows or N, N), 0, LOOK_EVERY[device.type]  # slots 0..R-1 are taken
+    slots, R, every = min(max_rows or N, N), 0, LOOK_EVERY.get(device.type, 1)  # slots 0..R-1 are taken
     row = torch.full((slots,), N, device=device)
     newest, limit, end = torch.zeros(3, slots, dtype=torch.int64, device=device)  # limit: the last column it may fill
-    cache = model.new_cache(slots, T, skip)
+    mask = None if skip is None else skip.cpu()  # read at every step
+    cache = model.new_cache(slots, T, mask)
 
     def emit(hidden: Tensor, taken: slice):
         """Draw the next token of some slots; hidden: (slots taken, d) at their newest tokens."""
@@ -153,9 +160,10 @@ def sample(
         """A token for each of the first `rows` slots. It reads no value back, so that a CUDA graph can hold it."""
         column = newest[:rows, None]  # (rows, 1)
         token = tokens[row[:rows, None], column]  # (rows, 1)
-        emit(model(token, skip, cache[:, :, :rows, :, :width], column)[:, 0], slice(rows))
+        emit(model(token, mask, cache[:, :, :rows, :, :width], column)[:, 0], slice(rows))
 
-    queue = prefilled(model, prompts, num_samples, skip)
+    decode = graphed(step) if device.type == "cuda" else step
+    queue = prefilled(model, prompts, num_samples, mask)
     # one autocast around all steps, so that the weights are cast to bf16 once a rollout and not once a token
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=model.autocast):
         while True:
@@ -186,11 +194,12 @@ def sample(
                 row[stay:R], newest[stay:R] = N, 0
                 R = stay
 
-            # 3. the others decode
+            # 3. the others decode; on a GPU in few sizes, for each of which a graph is captured
             if R > 0:
-                rows, width = R, int(newest[:R].max()) + 1
+                few = min(slots, 1 << (R - 1).bit_length()), T
+                size = few if every > 1 else (R, int(newest[:R].max()) + 1)
                 for _ in range(every):
-                    step(rows, width)
+                    decode(*size)
 
     column = torch.arange(int(lengths.max()), device=device)  # (T,) from here on
     action_mask = (column >= prompt_lens[:, None]) & (column < lengths[:, None])  # by length, never by id
@@ -203,7 +212,7 @@ def sample(
 def prefilled(
     model: Decoder, prompts: list[list[int]], num_samples: int, skip: Tensor | None
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Every row, short prompts first: its number, the hidden state (d,) of its last prompt token, and the cache of its prompt.
+    """Every row, short prompts first: its number, its hidden state (d,) at the last prompt token, the cache of its prompt.
 
     A prompt runs once for all its samples, PREFILL prompts at a time, when their turn comes.
     """
@@ -217,6 +226,51 @@ def prefilled(
             end = len(prompts[i])
             for n in range(i * num_samples, (i + 1) * num_samples):
                 yield n, hidden[u, end - 1], cache[:, :, u, :, :end]
+
+
+def graphed(step: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """`step` as a CUDA graph for each size it is called with: one launch in place of hundreds, each longer than its kernel.
+
+    A graph keeps addresses: `step` must read and write the same tensors at every call, and reads no value back.
+    """
+    graphs, pool = {}, torch.cuda.graph_pool_handle()  # one pool: nothing in it is needed after a replay
+
+    def replay(*size: int):
+        if size in graphs:
+            graphs[size].replay()
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step(*size)  # warms up, and is the step that was asked for: capturing computes nothing
+        torch.cuda.current_stream().wait_stream(stream)
+        graphs[size] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[size], pool=pool):
+            step(*size)
+
+    return replay
+
+
+@contextlib.contextmanager
+def layers_in(model: Decoder, dtype: str | None):
+    """Inside, the layers compute in `dtype` (None: as before). Weights, head and softmax keep theirs."""
+    before = model.autocast
+    model.autocast = before if dtype is None else dtype == "bfloat16"
+    try:
+        yield
+    finally:
+        model.autocast = before
+
+
+@torch.no_grad()
+def sampling_gap(model: Decoder, rollout: Rollout) -> Tensor:
+    """log mu as recorded while sampling less log mu of one masked forward pass, (actions,): what --rollout-dtype costs."""
+    gaps = []
+    for n, length in enumerate(rollout.lengths.tolist()):  # one by one: (actions, vocab) can be large
+        tokens, mask = rollout.tokens[n : n + 1, :length], rollout.action_mask[n : n + 1, : length - 1]
+        logits = model.logits(model(tokens, rollout.skip)[:, :-1][mask])  # (actions, vocab)
+        gaps.append(rollout.logp_behav[n : n + 1, : length - 1][mask] - token_logp(logits, tokens[:, 1:][mask]))
+    return torch.cat(gaps)
 
 
 def encode_prompts(problems: list[Problem], tokenizer, model: Decoder, max_new_tokens: int) -> list[list[int]]:
@@ -336,6 +390,13 @@ def run_script(main, config_class, parser: HfArgumentParser | None = None):
 # ---- what skipping buys and costs -----------------------------------------------------------------------------------
 
 
+SHAPES = {  # hidden, layers, heads, KV heads, MLP, vocabulary; then rows, longest prompt and new tokens of its workloads
+    "toy": (64, 8, 4, 4, 192, 400, 128, 48, 64),
+    "140m": (896, 8, 14, 2, 4864, 8000, 64, 64, 64),
+    "1.5b": (1536, 28, 12, 2, 8960, 151936, 64, 128, 512),  # Qwen2.5-1.5B, for a GPU
+}
+
+
 @dataclass
 class Config(SharedConfig):
     """Flags of rollout.py."""
@@ -345,6 +406,9 @@ class Config(SharedConfig):
     skip_ratios: list[float] = flag([0.0, 0.125, 0.25, 0.5], "shares of all layers to skip")
     limit: int | None = flag(128, "problems of one round")
     rounds: int = flag(6, "timed rounds a ratio, each with a mask of its own")
+    rollout_dtype: str | None = flag(None, "float32 or bfloat16: what the layers sample in (default: as --dtype)")
+    bench: bool = flag(False, "compare sample() with transformers generate() and with the limit of the machine instead")
+    shapes: list[str] = flag(["toy", "140m"], f"random models of --bench, among {', '.join(SHAPES)}")
     seed: int = flag(0, "seed of masks and sampling")
 
     def __post_init__(self):
@@ -352,10 +416,14 @@ class Config(SharedConfig):
         check(self, "skip_ratios", all(0 <= ratio < 1 for ratio in self.skip_ratios), "between 0 and 1")
         check(self, "seed", self.seed >= 0, "at least 0")
         check(self, "rounds", self.rounds >= 1, "at least 1")
+        check(self, "rollout_dtype", self.rollout_dtype in (None, "float32", "bfloat16"), "float32 or bfloat16")
+        check(self, "shapes", {*self.shapes} <= {*SHAPES}, f"among {', '.join(SHAPES)}")
 
 
-def main(config: Config) -> list[dict]:
+def main(config: Config) -> list[dict] | dict:
     """Per skip ratio: tokens/s, speed-up, KL(mu||pi) per token and the accuracy of mu. The ratios take turns."""
+    if config.bench:
+        return bench(config)
     model, tokenizer, eos_ids = load(config.model, config.device, config.dtype)
     problems = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
     prompts, layers = encode_prompts(problems, tokenizer, model, config.max_new_tokens), len(model.layers)
@@ -365,16 +433,17 @@ def main(config: Config) -> list[dict]:
         for ratio in ratios:
             skip = sample_skip(layers, ratio, torch.Generator().manual_seed(config.seed + round_))
             started = time.perf_counter()
-            rollout = sample(
-                model,
-                prompts,
-                max_new_tokens=config.max_new_tokens,
-                eos_id=eos_ids,
-                pad_id=eos_ids[0],
-                skip=skip,
-                seed=config.seed + round_,
-                max_rows=config.max_rows,
-            )
+            with layers_in(model, config.rollout_dtype):
+                rollout = sample(
+                    model,
+                    prompts,
+                    max_new_tokens=config.max_new_tokens,
+                    eos_id=eos_ids,
+                    pad_id=eos_ids[0],
+                    skip=skip,
+                    seed=config.seed + round_,
+                    max_rows=config.max_rows,
+                )
             seconds = time.perf_counter() - started
             right = grade(rollout, problems, tokenizer, config).outcomes.count("right")
             if round_ > 0:  # the first round warms up
@@ -446,6 +515,186 @@ def draw_ratios(out: Path, results: list[dict]):
         panel.legend()
     figure.savefig(out / "rollout.png", dpi=110)
     print(f"figure: {out / 'rollout.png'}")
+
+
+# ---- --bench: sample() beside transformers' generate() and beside the limit of the machine --------------------------
+
+
+def bench(config: Config) -> dict:
+    """Tokens/s of sample() and generate(): same weights, prompts and EOS ids, in turns. Then what skipping layers buys."""
+    device = pick_device(config.device)
+    dtype = config.rollout_dtype or config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    results = {
+        "device": f"{device.type}, {machine}",
+        "dtype": dtype,
+        "rounds": config.rounds,
+        "speeds": [],
+        "skips": [],
+    }
+    results["versions"] = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(
+        ", ".join(map(str, (results["device"], dtype, results["versions"], f"{config.rounds} rounds after a warm-up")))
+    )
+    for shape in config.shapes:
+        hidden, layers, heads, kv_heads, mlp, vocab, rows, longest, new_tokens = SHAPES[shape]
+        sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": mlp, "vocab_size": vocab}
+        sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": True}
+        torch.manual_seed(config.seed)
+        model = Decoder(Qwen2Config(**sizes)).to(device)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            flags = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
+            theirs = AutoModelForCausalLM.from_pretrained(folder, **flags).to(device)
+
+        rng = np.random.default_rng(config.seed)
+        equal = rng.integers(vocab, size=(rows, longest)).tolist()
+        mixed = [rng.integers(vocab, size=n).tolist() for n in rng.integers(longest // 4, longest + 1, rows // 8)]
+        # random weights: the softmax is nearly uniform, so that these ids end a completion at 4 / new_tokens a token
+        eos_ids = rng.permutation(vocab)[: vocab * 4 // new_tokens].tolist()
+        workloads = {
+            "fixed": {"prompts": equal, "num_samples": 1, "max_new_tokens": new_tokens, "eos_id": []},
+            "rl": {"prompts": mixed, "num_samples": 8, "max_new_tokens": new_tokens, "eos_id": eos_ids},
+        }
+        with layers_in(model, dtype):
+            limits = machine_limits(model)
+            for name, work in workloads.items():
+                sides = {"sample": partial(complete, model, work), "generate": partial(generate, theirs, work)}
+                (speed, peak), (speed_hf, peak_hf) = race(sides, config.rounds, device).values()
+                rollout = complete(model, work, seed=1)
+                least = least_seconds(model, rollout, work["num_samples"], *limits)
+                with layers_in(model, "float32"):
+                    gap = sampling_gap(model, rollout).abs().max().item()
+                row = {"shape": shape, "workload": name, "rows": rows, "tokens_per_second": speed}
+                row |= {"generate": speed_hf, "ratio": speed / speed_hf, "peak_GB": peak, "generate_peak_GB": peak_hf}
+                row |= {"of_the_limit": speed * least / int(rollout.action_mask.sum()), "largest_logp_gap": gap}
+                results["speeds"].append(row)
+            results["skips"] += skip_speeds(model, shape, workloads["fixed"], config)
+    for key in ("speeds", "skips"):
+        cells = [[f"{v:.4g}" if isinstance(v, float) else v for v in row.values()] for row in results[key]]
+        print_table([name.replace("_", " ") for name in results[key][0]], cells)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    write_json(Path(config.out) / "bench.json", results)
+    return results
+
+
+def complete(model: Decoder, work: dict, seed: int, skip_ratio: float = 0.0) -> Rollout:
+    """Our side. A skip ratio of 1 leaves out every layer."""
+    layers = len(model.layers)
+    skip = torch.ones(layers, dtype=torch.bool)
+    if skip_ratio < 1:
+        skip = sample_skip(layers, skip_ratio, torch.Generator().manual_seed(seed))
+    return sample(model, **work, pad_id=0, seed=seed, skip=skip)
+
+
+def generate(theirs, work: dict, seed: int) -> int:
+    """The other side, prompts padded on the left; returns the number of sampled tokens."""
+    torch.manual_seed(seed)
+    theirs.generation_config = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=work["max_new_tokens"],
+        num_return_sequences=work["num_samples"],
+        eos_token_id=work["eos_id"] or None,
+        pad_token_id=0,
+    )
+    prompts = [torch.tensor(prompt, device=theirs.device) for prompt in work["prompts"]]
+    ids = pad_sequence(prompts, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
+    sampled = theirs.generate(ids, attention_mask=mask)[:, ids.shape[1] :]  # (N, new tokens)
+    eos = torch.isin(sampled, torch.tensor(work["eos_id"], dtype=torch.int64, device=ids.device)).int()
+    return int((eos.cumsum(1) == eos).sum())  # up to the first EOS, which counts
+
+
+def race(sides: dict, rounds: int, device: torch.device) -> dict:
+    """Name -> (tokens a second, peak GB), tokens and seconds pooled. In turns, side(seed=...) each; round 0 warms up."""
+    sums = {name: [0, 0.0, 0.0] for name in sides}  # tokens, seconds, peak
+    for round_ in tqdm(range(rounds + 1), desc=", ".join(map(str, sides)), unit="round", leave=False):
+        for name, side in sides.items():
+            peak_gigabytes(device)
+            started = time.perf_counter()
+            result = side(seed=round_)
+            tokens = int(result.action_mask.sum()) if isinstance(result, Rollout) else result  # waits for a GPU
+            seconds = time.perf_counter() - started
+            if round_ > 0:
+                old = sums[name]
+                sums[name] = [old[0] + tokens, old[1] + seconds, max(old[2], peak_gigabytes(device))]
+    return {name: (tokens / seconds, peak) for name, (tokens, seconds, peak) in sums.items()}
+
+
+def peak_gigabytes(device: torch.device) -> float:
+    """Most memory held since the last call: on a GPU, or by this process (Linux; elsewhere nan)."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return float("nan")
+    peak = int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    return peak
+
+
+def fastest(run: Callable[[], Tensor]) -> float:
+    """Seconds of the fastest of ten runs."""
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        run().flatten()[0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+@torch.no_grad()
+def machine_limits(model: Decoder) -> tuple[float, float]:
+    """Bytes a second of a large copy, and operations a second of a product with many rows, in the dtype of the layers."""
+    up, block = model.layers[0].mlp.up, torch.ones(2**26, device=model.embed.weight.device)
+    x = torch.ones(2048, model.config.hidden_size, device=block.device)
+    with torch.autocast(block.device.type, torch.bfloat16, enabled=model.autocast):
+        operations = 2 * len(x) * up.weight.numel() / fastest(lambda: up(x))
+    return 2 * block.nbytes / fastest(block.clone), operations
+
+
+def least_seconds(model: Decoder, rollout: Rollout, num_samples: int, bandwidth: float, rate: float) -> float:
+    """What no sampler of this rollout can beat: the seconds to read what must be read, or to multiply, whichever is more.
+
+    Read: the weights once a step, and for each token the keys and values before it. Operations: two a weight and token,
+    and those of attention. Prompts count once for all their samples.
+    """
+    config, size = model.config, 2 if model.autocast else model.embed.weight.itemsize
+    starts, ends = rollout.prompt_lens.double(), rollout.lengths.double()  # (N,)
+    layers, head = sum(p.numel() for p in model.layers.parameters()), model.head.weight
+    seen = ((ends * (ends - 1) - starts * (starts - 1)) / 2).sum().item()  # columns, over all sampled tokens
+    passed = (starts / num_samples + ends - starts - 1).sum().item()  # tokens that go through the layers
+    steps, sampled = (ends - starts).max().item(), (ends - starts).sum().item()
+    width = 2 * config.num_layers * config.head_dim * seen
+    bytes_ = steps * (layers * size + head.nbytes) + width * config.num_kv_heads * size
+    operations = 2 * (layers * passed + head.numel() * sampled + width * config.num_heads)
+    return max(bytes_ / bandwidth, operations / rate)
+
+
+def skip_speeds(model: Decoder, shape: str, work: dict, config: Config) -> list[dict]:
+    """Speed-up per skip ratio beside its ideal, 1 / (1 - r * layers).
+
+    `layers`: the share of the layers in the seconds of a rollout, from rollouts that skip every layer, run in turn.
+    """
+    ratios = sorted({0.0, *config.skip_ratios, 1.0})
+    sides = {ratio: partial(complete, model, work, skip_ratio=ratio) for ratio in ratios}
+    speeds = {ratio: speed for ratio, (speed, _) in race(sides, config.rounds, model.embed.weight.device).items()}
+    layers, rows = 1 - speeds[0.0] / speeds[1.0], []
+    for ratio in ratios[:-1]:
+        up, skipped = speeds[ratio] / speeds[0.0], round(ratio * len(model.layers)) / len(model.layers)
+        row = {
+            "shape": shape,
+            "skip_ratio": ratio,
+            "tokens_per_second": speeds[ratio],
+            "layers": layers,
+            "speed_up": up,
+        }
+        rows.append(row | {"ideal": 1 / (1 - skipped * layers), "of_the_ideal": up * (1 - skipped * layers)})
+    return rows
 
 
 if __name__ == "__main__":
