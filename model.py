@@ -225,7 +225,11 @@ class Attention(nn.Module):
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rope=None, cache=None, positions=None, visible=None) -> Tensor:
-        """x: (N, T, d) -> (N, T, d). cache: (2, N, kv_heads, columns, head_dim); visible: see Decoder.forward."""
+        """x: (N, T, d) -> (N, T, d). cache: (2, N, kv_heads, columns, head_dim).
+
+        visible: (N, 1, T, columns) bool; for T = 1 what is added to the scores, (N * kv_heads, 1, columns); None: causal,
+        over these T tokens only.
+        """
         N, T, _ = x.shape
         H, G, _ = self.heads
         qkv = self.qkv(x).view(N, T, sum(self.heads), self.head_dim)
@@ -236,8 +240,10 @@ class Attention(nn.Module):
         if rope is not None:
             qk = rotate(qk, rope)
         q, k = qk.split((H, G), dim=2)
-        if cache is None:
+        if visible is None:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (N, heads, T, head_dim)
+            if cache is not None:
+                cache[0][:, :, :T], cache[1][:, :, :T] = k, v
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G)
         else:
             rows = torch.arange(N, device=x.device)[:, None]
@@ -332,11 +338,11 @@ class Decoder(nn.Module):
         Without cache: column t is position t, each token sees itself and what stands before it. Padding on the right
         needs no mask, since nothing to its left can see it.
         With cache (see `new_cache`): token (i, t) sits at column positions[i, t] of row i; its key and value are written
-        there and it sees columns 0..positions[i, t]. positions: (N, T) int64. The caller owns the position; no layer
-        decides it. Slice the cache to the live columns to pay for no others.
+        there and it sees columns 0..positions[i, t]. positions: (N, T) int64; None: columns 0..T-1, a new prompt. The
+        caller owns the position; no layer decides it. Slice the cache to the live columns to pay for no others.
         """
         visible = None
-        if cache is None:
+        if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         else:
             columns = torch.arange(cache.shape[4], device=tokens.device)

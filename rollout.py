@@ -89,10 +89,7 @@ def uniforms(seed: int, sample_index: int, count: int) -> Tensor:
 
 
 PREFILL = 32  # prompts of one prefill; sorted by length, they have little padding among them
-LOOK_EVERY = {
-    "cpu": 1,
-    "cuda": 16,
-}  # decode steps between looks for finished rows: at each look the host waits for the GPU
+LOOK_EVERY = {"cuda": 16}  # steps between looks for ended rows; each makes the host wait for a GPU. Elsewhere: 1
 
 
 @torch.no_grad()
@@ -122,8 +119,8 @@ def sample(
     if longest + max_new_tokens > model.config.max_positions:
         raise ValueError(f"{longest} prompt tokens + {max_new_tokens} new ones > context {model.config.max_positions}")
     seeds = prompt_seeds(seed, len(prompts)) if isinstance(seed, int) else seed
-    is_eos = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)  # (vocab,)
-    is_eos[[eos_id] if isinstance(eos_id, int) else eos_id] = True
+    eos = torch.tensor([eos_id] if isinstance(eos_id, int) else eos_id, dtype=torch.int64)
+    is_eos = torch.isin(torch.arange(model.config.vocab_size), eos).to(device)  # (vocab,)
 
     # N rows and T columns, and one more of each for what nobody reads: what an empty slot or an ended row still draws
     N, T = len(prompts) * num_samples, longest + max_new_tokens
@@ -191,7 +188,7 @@ def sample(
                 for state in (row, newest, limit, end):
                     state[holes] = state[movers]
                 cache[:, :, holes] = cache[:, :, movers]
-                row[stay:R], newest[stay:R] = N, 0
+                row[stay:R] = N
                 R = stay
 
             # 3. the others decode; on a GPU in few sizes, for each of which a graph is captured
@@ -221,7 +218,7 @@ def prefilled(
     for group in (by_length[start : start + PREFILL] for start in range(0, len(prompts), PREFILL)):
         tokens = pad_sequence([torch.tensor(prompts[i]) for i in group], batch_first=True).to(device)  # (U, width)
         cache = model.new_cache(*tokens.shape, skip)
-        hidden = model(tokens, skip, cache, torch.arange(tokens.shape[1], device=device).expand(tokens.shape))
+        hidden = model(tokens, skip, cache)  # (U, width, d)
         for u, i in enumerate(group):
             end = len(prompts[i])
             for n in range(i * num_samples, (i + 1) * num_samples):

@@ -66,7 +66,10 @@ def test_cached_equals_uncached_at_ragged_positions(pair, layers):
     expected = decoder(tokens, skip)
     cache = decoder.new_cache(3, 20, skip)
     assert len(cache) == 4 - len(layers)  # a skipped layer owns no cache
-    decoder(tokens[:, :7], skip, cache[..., :7, :], torch.arange(7).expand(3, 7))
+    prompt = decoder(tokens[:, :7], skip, cache[..., :7, :], torch.arange(7).expand(3, 7))
+    assert (prompt - expected[:, :7]).abs().max() < 1e-4
+    fresh = decoder.new_cache(3, 20, skip)
+    assert (decoder(tokens[:, :7], skip, fresh) - prompt).abs().max() < 1e-5 and (fresh - cache).abs().max() < 1e-5
     position = torch.tensor([3, 5, 7])  # rows stand at different columns; what the prefill wrote there is overwritten
     for _ in range(13):
         hidden = decoder(tokens.gather(1, position[:, None]), skip, cache, position[:, None])[:, 0]
