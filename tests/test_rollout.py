@@ -158,7 +158,7 @@ def test_the_step_of_a_gpu_completes_alike(family, max_rows, every, monkeypatch)
     torch.manual_seed(0)
     decoder = Decoder(CONFIGS[family]()).double()
     room = 64 - 12 if family == "opt" else 20  # up to the last learned position
-    flags = {"skip": INNER, "max_new_tokens": room, "eos_id": [1]}
+    flags = {"skip": INNER, "max_new_tokens": room, "eos_id": [1, 2, 3, 4]}
     expected = run(decoder, **flags)
     monkeypatch.setitem(LOOK_EVERY, "cpu", every)
     assert_same(run(decoder, max_rows=max_rows, **flags), expected)
