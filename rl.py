@@ -36,9 +36,11 @@ from rollout import (
     encode_prompts,
     flag,
     grade,
+    layers_in,
     out_of_memory,
     run_script,
     sample,
+    sampling_gap,
     token_logp,
 )
 from warmup import (
@@ -74,6 +76,7 @@ class Config(TrainConfig):
     steps: int | None = flag(None, "rollout batches (toy: 20, else 1000)")
     skip_ratio: float = flag(0.0, "share of the layers that the behavior model skips; 0 is plain ReFT")
     correction: str = flag("truncated", f"importance-ratio correction: {', '.join(CORRECTIONS)}")
+    rollout_dtype: str | None = flag(None, "float32 or bfloat16: what the layers sample in (default: as --dtype)")
     target_kl_behav: float | None = flag(
         None, "adapt the number of skipped layers so that KL(mu||pi) per token stays near"
     )
@@ -104,6 +107,7 @@ class Config(TrainConfig):
             check(self, name, 0 <= getattr(self, name) < math.inf, "at least 0, and finite")
         for name in ("gamma", "lam"):
             check(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        check(self, "rollout_dtype", self.rollout_dtype in (None, "float32", "bfloat16"), "float32 or bfloat16")
         check(self, "cap", self.cap > 0, "above 0")
         check(self, "target_kl_behav", self.target_kl_behav is None or self.target_kl_behav > 0, "above 0")
         check(self, "clip", self.clip > 0, "above 0")
@@ -159,17 +163,18 @@ def main(config: Config) -> dict:
 
         # 2. completions from the nested behavior model mu
         rollout_started = time.perf_counter()
-        rollout = sample(
-            model,
-            [prompts[i] for i in chosen],
-            max_new_tokens=config.max_new_tokens,
-            eos_id=eos_ids,
-            pad_id=eos_ids[0],
-            num_samples=config.samples,
-            skip=skip,  # eq. (2)
-            seed=int(rng.integers(2**62)),
-            max_rows=config.max_rows,
-        )
+        with layers_in(model, config.rollout_dtype):
+            rollout = sample(
+                model,
+                [prompts[i] for i in chosen],
+                max_new_tokens=config.max_new_tokens,
+                eos_id=eos_ids,
+                pad_id=eos_ids[0],
+                num_samples=config.samples,
+                skip=skip,  # eq. (2)
+                seed=int(rng.integers(2**62)),
+                max_rows=config.max_rows,
+            )
         tokens, lengths, mask, logp_behav = rollout.tokens, rollout.lengths, rollout.action_mask, rollout.logp_behav
         rollout_seconds = time.perf_counter() - rollout_started
 
@@ -215,6 +220,8 @@ def main(config: Config) -> dict:
             "update_seconds": now - update_started,
             "peak_memory_gb": peak_memory(tokens.device),
         }
+        if config.rollout_dtype is not None:
+            record["sampling_gap"] = sampling_gap(model, rollout).abs().mean().item()
         if not trainer["warned"] and (record["kl_behav"] > 0.05 or record["ess_tokens"] < 0.5):
             trainer["warned"] = True
             tqdm.write(

@@ -11,13 +11,16 @@ equals one masked forward pass over it. One row of a Rollout, a prompt of 3 toke
 Run as a script it measures what skipping layers buys and what it costs:
 
     python rollout.py --model runs/warmup --skip-ratios 0 0.125 0.25 0.5
+    python rollout.py --bench               beside transformers' generate() and the limit of the machine
 """
 
 import contextlib
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,13 +66,14 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     logits: (R, vocab); uniform: (R,) float64 in [0, 1), inverted through the cumulative distribution.
     Temperature 0 is greedy, with the log-probability at temperature 1.
     """
+    probs = (logits / temperature if temperature not in (0, 1) else logits).softmax(-1)  # (R, vocab)
     if temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, token_logp(logits, tokens)
-    logits = logits / temperature
-    cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (R, vocab); in fp32 rounding would move the borders
-    tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).squeeze(-1)  # (R,)
-    return tokens, token_logp(logits, tokens)
+        tokens = logits.argmax(-1)  # (R,)
+    else:
+        cdf = probs.cumsum(-1, dtype=torch.float64)  # (R, vocab); in fp32 rounding would move the borders
+        tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).squeeze(-1)  # (R,)
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # rounding, or nan, may point past the last
+    return tokens, probs.gather(-1, tokens[:, None]).squeeze(-1).log()
 
 
 def prompt_seeds(seed: int, count: int) -> list[int]:
@@ -80,6 +84,10 @@ def prompt_seeds(seed: int, count: int) -> list[int]:
 def uniforms(seed: int, sample_index: int, count: int) -> Tensor:
     """The noise of one completion: (count,) float64 in [0, 1), one number a position."""
     return torch.from_numpy(np.random.default_rng((seed, sample_index)).random(count))
+
+
+PREFILL = 32  # prompts of one prefill; sorted by length, they have little padding among them
+LOOK_EVERY = {"cuda": 16}  # steps between looks for ended rows; each makes the host wait for a GPU. Elsewhere: 1
 
 
 @contextlib.contextmanager
@@ -111,8 +119,9 @@ def sample(
     """Complete every prompt `num_samples` times with the layers of `skip` left out: a_t ~ mu(. | s_t), eq. (2).
 
     prompts: lists of token ids. eos_id: one id, several, or [] for none. temperature 0 is greedy. seed: one int, or one a
-    prompt. max_rows: at most so many rows at a time (memory). The noise is one uniform number per (seed, prompt, sample,
-    position), so the completions depend neither on max_rows nor on a row's neighbours.
+    prompt. max_rows: at most so many rows run at a time (memory); when some have ended, waiting ones take their place.
+    The noise is one uniform number per (seed, prompt, sample, position), so the completions depend neither on max_rows nor
+    on a row's neighbours.
     """
     device, longest = model.embed.weight.device, max(map(len, prompts), default=0)
     if not longest or not all(prompts):
@@ -120,69 +129,155 @@ def sample(
     if longest + max_new_tokens > model.config.max_positions:
         raise ValueError(f"{longest} prompt tokens + {max_new_tokens} new ones > context {model.config.max_positions}")
     seeds = prompt_seeds(seed, len(prompts)) if isinstance(seed, int) else seed
-    eos = torch.tensor([eos_id] if isinstance(eos_id, int) else eos_id, dtype=torch.int64, device=device)
+    eos = torch.tensor([eos_id] if isinstance(eos_id, int) else eos_id, dtype=torch.int64)
+    is_eos = torch.isin(torch.arange(model.config.vocab_size), eos).to(device)  # (vocab,)
 
+    # N rows and T columns, and one more of each for what nobody reads: what an empty slot or an ended row still draws
     N, T = len(prompts) * num_samples, longest + max_new_tokens
     tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True, padding_value=pad_id)
-    tokens = F.pad(tokens, (0, max_new_tokens), value=pad_id).repeat_interleave(num_samples, 0).to(device)  # (N, T)
+    tokens = F.pad(tokens.repeat_interleave(num_samples, 0), (0, max_new_tokens + 1, 0, 1), value=pad_id).to(device)
     dtype = torch.promote_types(model.embed.weight.dtype, torch.float32)
-    logp_behav = torch.zeros(N, T - 1, dtype=dtype, device=device)
+    logp_behav = torch.zeros(N + 1, T + 1, dtype=dtype, device=device)  # in the column of its token, for now
+    noise = torch.zeros(N + 1, T + 1, dtype=torch.float64)
+    for n in range(N if temperature > 0 else 0):
+        i, first = n // num_samples, len(prompts[n // num_samples])
+        noise[n, first : first + max_new_tokens] = uniforms(seeds[i], n % num_samples, max_new_tokens)
+    noise = noise.to(device)
     prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(num_samples)
-    lengths = prompt_lens + max_new_tokens  # until EOS says otherwise
-    finished = torch.zeros(N, dtype=torch.bool, device=device)
+    lengths, finished = prompt_lens.clone(), torch.zeros(N, dtype=torch.bool, device=device)
 
-    by_length = prompt_lens.argsort(stable=True)  # a pass over rows of like length has little padding
+    # a slot works on one row: its newest token stands in column `newest`, its last one in column `end`, once there is one
+    slots, R, every = min(max_rows or N, N), 0, LOOK_EVERY.get(device.type, 1)  # slots 0..R-1 are taken
+    row = torch.full((slots,), N, device=device)
+    newest, limit, end = torch.zeros(3, slots, dtype=torch.int64, device=device)  # limit: the last column it may fill
+    mask = None if skip is None else skip.cpu()  # read at every step
+    cache = model.new_cache(slots, T, mask)
+
+    def emit(hidden: Tensor, taken: slice):
+        """Draw the next token of some slots; hidden: (slots taken, d) at their newest tokens."""
+        column = newest[taken] + 1
+        cell = row[taken], column
+        action, logp = draw(model.logits(hidden), noise[cell], temperature)
+        tokens[cell], logp_behav[cell] = action, logp
+        ends = (is_eos[action] | (column == limit[taken])) & (end[taken] == 0)
+        end[taken] = torch.where(ends, column, end[taken])
+        newest[taken] = column.clamp(max=T - 1)
+
+    def step(rows: int, width: int):
+        """A token for each of the first `rows` slots. It reads no value back, so that a CUDA graph can hold it."""
+        column = newest[:rows, None]  # (rows, 1)
+        token = tokens[row[:rows, None], column]  # (rows, 1)
+        emit(model(token, mask, cache[:, :, :rows, :, :width], column)[:, 0], slice(rows))
+
+    decode = graphed(step) if device.type == "cuda" else step
+    queue = prefilled(model, prompts, num_samples, mask)
     # one autocast around all steps, so that the weights are cast to bf16 once a rollout and not once a token
-    with torch.autocast(device.type, torch.bfloat16, enabled=model.autocast):
-        for alive in by_length.split(max_rows or N):  # (R,): the rows of this pass that still run
-            noise = [uniforms(seeds[n // num_samples], n % num_samples, max_new_tokens) for n in alive.tolist()]
-            noise = torch.stack(noise).to(device)  # (R, max_new_tokens)
-            column = prompt_lens[alive]  # (R,): where the next token goes
-            width = int(column.max())
-            hidden, cache = prefill(model, tokens[:, :width], alive, column, num_samples, max_new_tokens, skip)
-            for t in range(max_new_tokens):
-                action, logp = draw(model.logits(hidden), noise[:, t], temperature)  # (R,)
-                tokens[alive, column] = action
-                logp_behav[alive, column - 1] = logp
-                ended = torch.isin(action, eos) & ~finished[alive]
-                lengths[alive[ended]] = column[ended] + 1
-                finished[alive[ended]] = True
-                running = ~finished[alive]
-                R = int(running.sum())
-                if R == 0 or t == max_new_tokens - 1:
-                    break
-                if R <= 0.75 * len(alive):  # finished rows leave the batch; sooner, copying the cache would cost more
-                    alive, column, action, noise = alive[running], column[running], action[running], noise[running]
-                    cache[:, :, :R, :, : width + t] = cache[:, :, running, :, : width + t]
-                    cache = cache[:, :, :R]
-                hidden = model(action[:, None], skip, cache[..., : width + t + 1, :], column[:, None])[:, 0]  # (R, d)
-                column = column + 1
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=model.autocast):
+        while True:
+            # 1. waiting rows take the free slots, several at a time
+            arrivals = list(islice(queue, slots - R)) if R <= 0.875 * slots else []
+            if arrivals:
+                taken = slice(R, R + len(arrivals))
+                row[taken] = torch.tensor([n for n, _, _ in arrivals], device=device)
+                newest[taken] = prompt_lens[row[taken]] - 1
+                limit[taken], end[taken] = newest[taken] + max_new_tokens, 0
+                for slot, (_, _, prompt_cache) in enumerate(arrivals, R):
+                    cache[:, :, slot, :, : prompt_cache.shape[3]] = prompt_cache
+                emit(torch.stack([hidden for _, hidden, _ in arrivals]), taken)
+                R = taken.stop
+            if R == 0:
+                break
 
-    T = int(lengths.max())
-    column = torch.arange(T, device=device)
+            # 2. rows that have ended leave, and the last slots move into the holes
+            ended = end[:R] > 0
+            if ended.any():
+                n, last = row[:R][ended], end[:R][ended]
+                lengths[n], finished[n] = last + 1, is_eos[tokens[n, last]]
+                stay = R - len(n)
+                holes, movers = ended[:stay].nonzero()[:, 0], stay + (~ended[stay:]).nonzero()[:, 0]
+                for state in (row, newest, limit, end):
+                    state[holes] = state[movers]
+                cache[:, :, holes] = cache[:, :, movers]
+                row[stay:R] = N
+                R = stay
+
+            # 3. the others decode; on a GPU in few sizes, for each of which a graph is captured
+            if R > 0:
+                few = min(slots, 1 << (R - 1).bit_length()), T
+                size = few if every > 1 else (R, int(newest[:R].max()) + 1)
+                for _ in range(every):
+                    decode(*size)
+
+    column = torch.arange(int(lengths.max()), device=device)  # (T,) from here on
     action_mask = (column >= prompt_lens[:, None]) & (column < lengths[:, None])  # by length, never by id
-    tokens = tokens[:, :T].masked_fill(column >= lengths[:, None], pad_id)
+    tokens = tokens[:N, : len(column)].masked_fill(column >= lengths[:, None], pad_id)
     action_mask = action_mask[:, 1:]  # column t speaks of the token at t + 1
-    logp_behav = logp_behav[:, : T - 1].masked_fill(~action_mask, 0)
+    logp_behav = logp_behav[:N, 1 : len(column)].masked_fill(~action_mask, 0)
     return Rollout(tokens, prompt_lens, lengths, action_mask, logp_behav, finished, skip)
 
 
-def prefill(
-    model: Decoder, tokens: Tensor, alive: Tensor, starts: Tensor, num_samples: int, room: int, skip: Tensor | None
-):
-    """Run each prompt once and give every row of it a copy of the cache.
+def prefilled(
+    model: Decoder, prompts: list[list[int]], num_samples: int, skip: Tensor | None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Every row, short prompts first: its number, its hidden state (d,) at the last prompt token, the cache of its prompt.
 
-    tokens: (N, width); alive, starts: (R,) rows and their prompt lengths -> hidden (R, d) at the last prompt token, and a
-    cache of R rows with `room` empty columns.
+    A prompt runs once for all its samples, PREFILL prompts at a time, when their turn comes.
     """
-    width = tokens.shape[1]
-    prompt, copy = torch.unique(alive // num_samples, return_inverse=True)  # (U,), (R,)
-    columns = torch.arange(width, device=tokens.device).expand(len(prompt), width)
-    prompt_cache = model.new_cache(len(prompt), width, skip)
-    hidden = model(tokens[prompt * num_samples], skip, prompt_cache, columns)  # (U, width, d)
-    cache = model.new_cache(len(alive), width + room, skip)
-    cache[..., :width, :] = prompt_cache[:, :, copy]
-    return hidden[copy, starts - 1], cache
+    device = model.embed.weight.device
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for group in (by_length[start : start + PREFILL] for start in range(0, len(prompts), PREFILL)):
+        tokens = pad_sequence([torch.tensor(prompts[i]) for i in group], batch_first=True).to(device)  # (U, width)
+        cache = model.new_cache(*tokens.shape, skip)
+        hidden = model(tokens, skip, cache)  # (U, width, d)
+        for u, i in enumerate(group):
+            end = len(prompts[i])
+            for n in range(i * num_samples, (i + 1) * num_samples):
+                yield n, hidden[u, end - 1], cache[:, :, u, :, :end]
+
+
+def graphed(step: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """`step` as a CUDA graph for each size it is called with: one launch in place of hundreds, each longer than its kernel.
+
+    A graph keeps addresses: `step` must read and write the same tensors at every call, and reads no value back.
+    """
+    graphs, pool = {}, torch.cuda.graph_pool_handle()  # one pool: nothing in it is needed after a replay
+
+    def replay(*size: int):
+        if size in graphs:
+            graphs[size].replay()
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step(*size)  # warms up, and is the step that was asked for: capturing computes nothing
+        torch.cuda.current_stream().wait_stream(stream)
+        graphs[size] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[size], pool=pool):
+            step(*size)
+
+    return replay
+
+
+@contextlib.contextmanager
+def layers_in(model: Decoder, dtype: str | None):
+    """Inside, the layers compute in `dtype` (None: as before). Weights, head and softmax keep theirs."""
+    before = model.autocast
+    model.autocast = before if dtype is None else dtype == "bfloat16"
+    try:
+        yield
+    finally:
+        model.autocast = before
+
+
+@torch.no_grad()
+def sampling_gap(model: Decoder, rollout: Rollout) -> Tensor:
+    """log mu as recorded while sampling less log mu of one masked forward pass, (actions,): what --rollout-dtype costs."""
+    gaps = []
+    for n, length in enumerate(rollout.lengths.tolist()):  # one by one: (actions, vocab) can be large
+        tokens, mask = rollout.tokens[n : n + 1, :length], rollout.action_mask[n : n + 1, : length - 1]
+        logits = model.logits(model(tokens, rollout.skip)[:, :-1][mask])  # (actions, vocab)
+        gaps.append(rollout.logp_behav[n : n + 1, : length - 1][mask] - token_logp(logits, tokens[:, 1:][mask]))
+    return torch.cat(gaps)
 
 
 def encode_prompts(problems: list[Problem], tokenizer, model: Decoder, max_new_tokens: int) -> list[list[int]]:
@@ -327,6 +422,9 @@ class Config(SharedConfig):
     skip_ratios: list[float] = flag([0.0, 0.125, 0.25, 0.5], "shares of all layers to skip")
     limit: int | None = flag(128, "problems of one round")
     rounds: int = flag(6, "timed rounds a ratio, each with a mask of its own")
+    rollout_dtype: str | None = flag(None, "float32 or bfloat16: what the layers sample in (default: as --dtype)")
+    bench: bool = flag(False, "compare sample() with transformers generate() and with the limit of the machine instead")
+    shapes: list[str] = flag(["toy", "140m"], "random models of --bench, among toy, 140m, 1.5b")
     seed: int = flag(0, "seed of masks and sampling")
 
     def __post_init__(self):
@@ -334,10 +432,16 @@ class Config(SharedConfig):
         check(self, "skip_ratios", all(0 <= ratio < 1 for ratio in self.skip_ratios), "between 0 and 1")
         check(self, "seed", self.seed >= 0, "at least 0")
         check(self, "rounds", self.rounds >= 1, "at least 1")
+        check(self, "rollout_dtype", self.rollout_dtype in (None, "float32", "bfloat16"), "float32 or bfloat16")
+        check(self, "shapes", {*self.shapes} <= {"toy", "140m", "1.5b"}, "among toy, 140m, 1.5b")
 
 
-def main(config: Config) -> list[dict]:
+def main(config: Config) -> list[dict] | dict:
     """Per skip ratio: tokens/s, speed-up, KL(mu||pi) per token and the accuracy of mu. The ratios take turns."""
+    if config.bench:
+        from bench import bench  # it imports this file
+
+        return bench(config)
     model, tokenizer, eos_ids = load(config.model, config.device, config.dtype)
     problems = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
     prompts, layers = encode_prompts(problems, tokenizer, model, config.max_new_tokens), len(model.layers)
@@ -348,16 +452,17 @@ def main(config: Config) -> list[dict]:
         for ratio in ratios:
             skip = sample_skip(layers, ratio, torch.Generator().manual_seed(config.seed + round_))
             started = time.perf_counter()
-            rollout = sample(
-                model,
-                prompts,
-                max_new_tokens=config.max_new_tokens,
-                eos_id=eos_ids,
-                pad_id=eos_ids[0],
-                skip=skip,
-                seed=config.seed + round_,
-                max_rows=config.max_rows,
-            )
+            with layers_in(model, config.rollout_dtype):
+                rollout = sample(
+                    model,
+                    prompts,
+                    max_new_tokens=config.max_new_tokens,
+                    eos_id=eos_ids,
+                    pad_id=eos_ids[0],
+                    skip=skip,
+                    seed=config.seed + round_,
+                    max_rows=config.max_rows,
+                )
             seconds = time.perf_counter() - started
             right = grade(rollout, problems, tokenizer, config).outcomes.count("right")
             if round_ > 0:  # the first round warms up
@@ -428,6 +533,9 @@ def draw_ratios(out: Path, results: list[dict]):
         panel.legend()
     figure.savefig(out / "rollout.png", dpi=110)
     print(f"figure: {out / 'rollout.png'}")
+
+
+# ---- --bench: sample() beside transformers' generate() and beside the limit of the machine --------------------------
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from families import CONFIGS, random_hf_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen2Config
 
-from model import Decoder, load, load_tokenizer, sample_skip
+from model import Decoder, linear, load, load_tokenizer, sample_skip
 from reward import InputError
 
 MASKS = {"none": (), "inner": (1, 2), "first": (0,), "last": (3,), "first and last": (0, 3)}
@@ -66,7 +66,10 @@ def test_cached_equals_uncached_at_ragged_positions(pair, layers):
     expected = decoder(tokens, skip)
     cache = decoder.new_cache(3, 20, skip)
     assert len(cache) == 4 - len(layers)  # a skipped layer owns no cache
-    decoder(tokens[:, :7], skip, cache[..., :7, :], torch.arange(7).expand(3, 7))
+    prompt = decoder(tokens[:, :7], skip, cache[..., :7, :], torch.arange(7).expand(3, 7))
+    assert (prompt - expected[:, :7]).abs().max() < 1e-4
+    fresh = decoder.new_cache(3, 20, skip)
+    assert (decoder(tokens[:, :7], skip, fresh) - prompt).abs().max() < 1e-5 and (fresh - cache).abs().max() < 1e-5
     position = torch.tensor([3, 5, 7])  # rows stand at different columns; what the prefill wrote there is overwritten
     for _ in range(13):
         hidden = decoder(tokens.gather(1, position[:, None]), skip, cache, position[:, None])[:, 0]
@@ -136,6 +139,23 @@ def test_autocast_leaves_logits_and_values_in_fp32():
     with torch.autocast("cpu", torch.bfloat16):
         assert decoder.logits(hidden).dtype == decoder.values(hidden).dtype == torch.float32
     assert 0 < (decoder.logits(hidden) - full).abs().max() < 0.3
+
+
+@pytest.mark.parametrize("shape", [(64, 96, 128), (3, 5, 200, 300)], ids=["rows", "rows and columns"])
+def test_linear_equals_the_float64_product_and_has_its_gradient(shape):
+    *rows, size, out = shape
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(s, generator=generator) for s in ((*rows, size), (out, size), (out,)))
+    grads = []
+    for dtype, function in ((torch.float32, linear), (torch.float64, torch.nn.functional.linear)):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
+        y = function(*leaves)
+        (y * y.detach().cos()).sum().backward()
+        grads.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for ours, expected in zip(*grads, strict=True):
+        assert ours.dtype == torch.float32 and (ours - expected).abs().max() < 2e-5 * expected.abs().max()
+    with torch.no_grad():
+        assert torch.equal(linear(x, weight, bias), grads[0][0])  # with and without gradient: the ratio at lr 0 is 1
 
 
 def test_float64_stays_float64():

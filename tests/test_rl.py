@@ -313,7 +313,8 @@ def test_logp_behav_that_is_not_finite_raises(toy_run, tmp_path, monkeypatch):
 
 
 def test_metrics_are_those_that_the_readme_explains(toy_run, tmp_path):
-    _, records = train(toy_run, tmp_path / "rl", eval_every=1, samples=2)
+    _, records = train(toy_run, tmp_path / "rl", eval_every=1, samples=2, rollout_dtype="bfloat16")
+    assert 0 < records[0]["sampling_gap"] < 0.05
     readme = (Path(rl.__file__).parent / "README.md").read_text(encoding="utf-8")
     section = readme.split("## What is logged")[1].split("\n## ")[0]
     first_cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]

@@ -1,5 +1,6 @@
 """rollout.py: what is sampled, what is recorded of it, and that neither depends on the batch."""
 
+import contextlib
 import json
 
 import pytest
@@ -8,7 +9,22 @@ from families import CONFIGS, random_hf_model
 
 from model import Decoder, load
 from reward import Problem
-from rollout import Config, Rollout, SharedConfig, draw, exact_kl_behav, grade, main, prompt_seeds, sample, token_logp
+from rollout import (
+    LOOK_EVERY,
+    Config,
+    Rollout,
+    SharedConfig,
+    draw,
+    exact_kl_behav,
+    grade,
+    graphed,
+    layers_in,
+    main,
+    prompt_seeds,
+    sample,
+    sampling_gap,
+    token_logp,
+)
 
 INNER = torch.tensor([False, True, False, False])
 PROMPTS = [torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 9, 3, 12)]
@@ -51,13 +67,18 @@ def test_logp_behav_equals_one_masked_forward_in_fp32(skip, temperature):
     assert (rollout.logp_behav[~rollout.action_mask] == 0).all()
 
 
+def assert_same(a: Rollout, b: Rollout):
+    """Equal completions, and equal log-probabilities up to float64 rounding."""
+    for name in ("tokens", "lengths", "prompt_lens", "action_mask", "finished"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert (a.logp_behav - b.logp_behav).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("skip", [None, INNER], ids=["full", "nested"])
 def test_completions_do_not_depend_on_batch_size_or_slot(decoder, skip):
     whole = run(decoder, skip=skip)
-    for max_rows in (1, 2, 5):
-        other = run(decoder, skip=skip, max_rows=max_rows)
-        assert torch.equal(other.tokens, whole.tokens)
-        assert (other.logp_behav - whole.logp_behav).abs().max() < 1e-12
+    for max_rows in (1, 2, 5, 11, 12, 100):
+        assert_same(run(decoder, skip=skip, max_rows=max_rows), whole)
     seeds = prompt_seeds(4, len(PROMPTS))
     reversed_ = run(decoder, PROMPTS[::-1], skip=skip, seed=seeds[::-1])
     for i in range(len(PROMPTS)):
@@ -122,6 +143,127 @@ def test_finished_rows_leave_the_batch(decoder):
 def test_no_eos_means_full_length(decoder):
     rollout = run(decoder, eos_id=[])
     assert (rollout.lengths - rollout.prompt_lens == 20).all() and not rollout.finished.any()
+
+
+@pytest.mark.parametrize("every", [1, 3, 16])
+@pytest.mark.parametrize("max_rows", [1, 5, 12])
+@pytest.mark.parametrize("family", ["qwen2", "opt"])
+def test_the_step_of_a_gpu_completes_alike(family, max_rows, every, monkeypatch):
+    """Rows bucketed, all columns, ended rows noticed late: as a CUDA graph wants it, without the graph."""
+    torch.manual_seed(0)
+    decoder = Decoder(CONFIGS[family]()).double()
+    room = 64 - 12 if family == "opt" else 20  # up to the last learned position
+    flags = {"skip": INNER, "max_new_tokens": room, "eos_id": [1, 2, 3, 4]}
+    expected = run(decoder, **flags)
+    monkeypatch.setitem(LOOK_EVERY, "cpu", every)
+    assert_same(run(decoder, max_rows=max_rows, **flags), expected)
+    assert 0 < expected.finished.sum() < 12
+
+
+def test_prompts_of_very_different_lengths(decoder):
+    prompts = [torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 70, 2, 33)]
+    together = run(decoder, prompts, max_rows=5)
+    seeds = prompt_seeds(4, 4)
+    for i, prompt in enumerate(prompts):
+        alone = run(decoder, [prompt], seed=[seeds[i]])
+        for j in range(3):
+            n = 3 * i + j
+            assert together.tokens[n, : together.lengths[n]].tolist() == alone.tokens[j, : alone.lengths[j]].tolist()
+
+
+@pytest.mark.parametrize("every", [1, 16])
+def test_eos_as_the_first_token_ends_every_row_at_once(decoder, every, monkeypatch):
+    monkeypatch.setitem(LOOK_EVERY, "cpu", every)
+    for max_rows in (1, 5, None):
+        rollout = run(decoder, eos_id=list(range(97)), max_rows=max_rows)
+        assert (rollout.lengths == rollout.prompt_lens + 1).all() and rollout.finished.all()
+        assert rollout.action_mask.sum() == 12 and rollout.tokens.shape[1] == 13
+        assert_same(rollout, run(decoder, max_new_tokens=1, eos_id=list(range(97))))
+
+
+def test_a_prompt_runs_once_for_all_its_samples(decoder, monkeypatch):
+    monkeypatch.setattr("rollout.PREFILL", 2)
+    prompts = []
+
+    def count(_, inputs):
+        if inputs[0].shape[1] > 1:
+            prompts.append(len(inputs[0]))
+
+    hook = decoder.register_forward_pre_hook(count)
+    run(decoder, max_rows=2)
+    hook.remove()
+    assert prompts == [2, 2]
+
+
+def test_waiting_rows_take_the_place_of_ended_ones(decoder):
+    rows = []
+    hook = decoder.layers[0].register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[:2]))
+    rollout = run(decoder, num_samples=30, max_rows=16)
+    hook.remove()
+    rows = [n for n, columns in rows if columns == 1]
+    assert max(rows) <= 16 and sum(rows) == int(rollout.action_mask.sum()) - 120  # the prefill draws the first tokens
+    waiting = rows[: len(rows) // 2]
+    assert sum(waiting) > 0.9 * 16 * len(waiting)
+
+
+def test_bf16_sampling_is_near_the_fp32_log_probabilities_and_is_measured():
+    torch.manual_seed(0)
+    decoder = Decoder(CONFIGS["qwen2"]())
+    assert sampling_gap(decoder, run(decoder, skip=INNER)).abs().max() < 1e-5
+    with layers_in(decoder, "bfloat16"):
+        rollout = run(decoder, skip=INNER, num_samples=20)
+    assert not decoder.autocast and rollout.logp_behav.dtype == torch.float32
+    gap = sampling_gap(decoder, rollout)  # (actions,)
+    assert len(gap) == rollout.action_mask.sum()
+    assert 0 < gap.abs().mean() < 0.02 and gap.abs().max() < 0.1 and gap.mean().abs() < 0.002
+
+
+def test_a_rollout_can_be_trained_on(decoder):
+    rollout = run(decoder)
+    assert not any(t.is_inference() for t in vars(rollout).values() if t is not None)
+    (decoder(rollout.tokens).sum() * rollout.logp_behav.sum()).backward()
+    decoder.zero_grad()
+
+
+def test_graphed_runs_one_step_a_call_and_captures_once_a_size(monkeypatch):
+    """With a stand-in for the CUDA calls: what is run while capturing computes nothing, a replay does."""
+    done, captured, capturing = [], [], []
+
+    class Graph:
+        def replay(self):
+            done.append(self.size)
+
+    @contextlib.contextmanager
+    def capture(graph, pool):
+        capturing.append(graph)
+        yield
+        capturing.pop()
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    def step(*size):
+        if capturing:
+            capturing[-1].size = size
+            captured.append(size)
+        else:
+            done.append(size)
+
+    for name, stand_in in {
+        "CUDAGraph": Graph,
+        "graph": capture,
+        "graph_pool_handle": lambda: None,
+        "Stream": Stream,
+        "stream": lambda _: contextlib.nullcontext(),
+        "current_stream": Stream,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    calls = [(4, 9), (4, 9), (2, 9), (4, 9), (2, 9)]
+    replay = graphed(step)
+    for size in calls:
+        replay(*size)
+    assert done == calls and captured == [(4, 9), (2, 9)]
 
 
 def test_draw_never_takes_a_token_of_probability_zero():
