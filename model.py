@@ -216,6 +216,11 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def spread(x: Tensor, real: Tensor, N: int, T: int) -> Tensor:
+    """(tokens, d) without padding -> (N, T, d) with zeros as padding; real: (tokens,) places in N * T."""
+    return x.new_zeros(N * T, x.shape[-1]).index_copy(0, real, x).view(N, T, -1)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with one fused projection for q, k and v."""
 
@@ -229,15 +234,17 @@ class Attention(nn.Module):
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope=None, cache=None, positions=None, visible=None) -> Tensor:
+    def forward(self, x: Tensor, rope=None, cache=None, positions=None, visible=None, places=None) -> Tensor:
         """x: (N, T, d) -> (N, T, d). cache: (2, N, kv_heads, columns, head_dim).
 
         visible: (N, 1, T, columns) bool; for T = 1 what is added to the scores, (N * kv_heads, 1, columns); None: causal,
-        over these T tokens only.
+        over these T tokens only. places: x and the result are (tokens, d), without padding; see `Decoder.forward`.
         """
-        N, T, _ = x.shape
-        H, G, _ = self.heads
-        qkv = self.qkv(x).view(N, T, sum(self.heads), self.head_dim)
+        qkv, (H, G, _) = self.qkv(x), self.heads
+        if places is not None:
+            qkv = spread(qkv, *places)  # attention is the one place where tokens meet: it wants rows
+        N, T, _ = qkv.shape
+        qkv = qkv.view(N, T, sum(self.heads), self.head_dim)
         qk, v = qkv.split((H + G, G), dim=2)  # (N, T, heads, head_dim)
         if self.qk_norm:  # in the precision of its weights, under autocast too
             pairs = zip((self.q_norm, self.k_norm), qk.split((H, G), dim=2), strict=True)
@@ -261,7 +268,8 @@ class Attention(nn.Module):
                 q, k, v = q.reshape(N * G, H // G, self.head_dim).to(k.dtype), k.flatten(0, 1), v.flatten(0, 1)
                 scores = torch.baddbmm(visible, q, k.mT, alpha=self.head_dim**-0.5)  # (N * kv_heads, queries, columns)
                 y = torch.bmm(scores.softmax(-1), v).view(N, H, 1, self.head_dim)
-        return self.out(y.transpose(1, 2).reshape(N, T, H * self.head_dim))
+        y = y.transpose(1, 2).reshape(N, T, H * self.head_dim)
+        return self.out(y if places is None else y.flatten(0, 1).index_select(0, places[0]))
 
 
 class MLP(nn.Module):
@@ -337,7 +345,9 @@ class Decoder(nn.Module):
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
                 parameter.normal_(0, self.config.init_std / (2 * len(self.layers)) ** (0.5 if residual else 0))
 
-    def forward(self, tokens: Tensor, skip: Tensor | None = None, cache=None, positions=None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, skip: Tensor | None = None, cache=None, positions=None, lengths: Tensor | None = None
+    ) -> Tensor:
         """Hidden states after the final norm, (N, T, d), of tokens (N, T) int64.
 
         skip: (num_layers,) bool, True = this layer is left out: the nested model mu of eq. (2). None: the full model.
@@ -346,8 +356,9 @@ class Decoder(nn.Module):
         With cache (see `new_cache`): token (i, t) sits at column positions[i, t] of row i; its key and value are written
         there and it sees columns 0..positions[i, t]. positions: (N, T) int64; None: columns 0..T-1, a new prompt. The
         caller owns the position; no layer decides it. Slice the cache to the live columns to pay for no others.
+        lengths: (N,), without cache: no work but that of attention goes into padding, whose hidden states are 0.
         """
-        visible = None
+        visible = places = None
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         else:
@@ -364,13 +375,16 @@ class Decoder(nn.Module):
             angle = positions[:, :, None, None] * self.inv_freq  # (N or 1, T, 1, head_dim / 2)
             cos, sin = angle.cos(), angle.sin()
             rope = torch.cat([cos, cos], -1).to(x.dtype), torch.cat([-sin, sin], -1).to(x.dtype)
+        if lengths is not None:
+            real = (positions < lengths[:, None]).flatten().nonzero()[:, 0]  # (tokens,) places in N * T
+            x, places = x.flatten(0, 1).index_select(0, real), (real, *tokens.shape)  # (tokens, d)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             for i, layer in enumerate(self.kept_layers(skip)):
                 if self.gradient_checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(layer, x, rope, use_reentrant=False)
+                    x = checkpoint(layer, x, rope, None, None, None, places, use_reentrant=False)
                 else:
-                    x = layer(x, rope, None if cache is None else cache[i], positions, visible)
-        return self.norm(x)
+                    x = layer(x, rope, None if cache is None else cache[i], positions, visible, places)
+        return self.norm(x) if places is None else spread(self.norm(x), *places)
 
     def kept_layers(self, skip: Tensor | None) -> list[Layer]:
         """The layers that run. `skip` is read once: a test per layer on a tensor is one GPU synchronisation per layer."""

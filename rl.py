@@ -291,7 +291,7 @@ def ppo_update(
                 mb = rows[part]
                 mb_mask = mask[mb, : T - 1]  # (n, T-1), as all that follow
                 logp_old, logp_behav, values_old, advantages, returns = (x[mb, : T - 1] for x in batch_tensors)
-                logp_new, values = action_stats(model, tokens[mb, :T], mb_mask)
+                logp_new, values = action_stats(model, tokens[mb, :T], mb_mask, lengths[mb])
                 pg_loss = policy_loss(
                     logp_new, logp_old, logp_behav, advantages, mb_mask,
                     config.clip, config.correction, config.cap, denominator,
@@ -403,12 +403,13 @@ def value_loss(
 # ---- helpers --------------------------------------------------------------------------------------------------------
 
 
-def action_stats(model: Decoder, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def action_stats(model: Decoder, tokens: Tensor, mask: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """log pi(a_t|s_t) and V_phi(s_t) of the full model, (N, T-1) each, 0 outside the mask.
 
-    tokens: (N, T); mask: (N, T-1). Logits are made for actions only: none for prompts, none for padding.
+    tokens: (N, T); mask: (N, T-1); lengths: (N,), where they are known no work goes into padding. Logits are made for
+    actions only.
     """
-    hidden = model(tokens)[:, :-1][mask]  # (actions, d)
+    hidden = model(tokens, lengths=lengths)[:, :-1][mask]  # (actions, d)
     logp = token_logp(model.logits(hidden), tokens[:, 1:][mask])  # (actions,)
     values = model.values(hidden)  # (actions,)
     return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (logp, values))
@@ -420,7 +421,7 @@ def batch_stats(model: Decoder, rollout: Rollout, micro_batch: int) -> tuple[Ten
     """`action_stats` of a whole batch, rows of like length together."""
     logp, values = torch.zeros_like(rollout.logp_behav), torch.zeros_like(rollout.logp_behav)  # (N, T-1)
     for rows, T in micro_batches(rollout.lengths, micro_batch):
-        part = action_stats(model, rollout.tokens[rows, :T], rollout.action_mask[rows, : T - 1])
+        part = action_stats(model, rollout.tokens[rows, :T], rollout.action_mask[rows, : T - 1], rollout.lengths[rows])
         logp[rows, : T - 1], values[rows, : T - 1] = part
     return logp, values
 

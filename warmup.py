@@ -152,7 +152,9 @@ def main(config: Config) -> dict:
         for rows, T in micro_batches(lengths, config.micro_batch):
             with out_of_memory(LESS_MEMORY):
                 mask = action_mask[rows, : T - 1]  # (n, T-1)
-                hidden = model(tokens[rows, :T], skip)[:, :-1][mask]  # (actions, d): completion positions only
+                hidden = model(tokens[rows, :T], skip, lengths=lengths[rows])[:, :-1][
+                    mask
+                ]  # (actions, d): completion positions only
                 logp = token_logp(model.logits(hidden), tokens[rows, 1:T][mask])  # (actions,)
                 loss = -logp.sum() / denominator  # eq. (1)
                 loss.backward()
@@ -270,13 +272,9 @@ def batch_indices(seed: int, step: int, batch: int, count: int) -> list[int]:
 
 
 def micro_batches(lengths: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
-    """Rows of like length, at most `size` together, and the columns they need: at most a fifth of it is padding."""
-    rows, start = lengths.argsort(stable=True), 0
-    ascending = lengths[rows].tolist()
-    for end in range(1, len(rows) + 1):
-        if end == len(rows) or end - start == size or ascending[end] > 1.25 * ascending[start]:
-            yield rows[start:end], ascending[end - 1]
-            start = end
+    """Rows of like length, `size` at a time, and the columns they need."""
+    for rows in lengths.argsort(stable=True).split(size):
+        yield rows, int(lengths[rows[-1]])
 
 
 def make_optimizer(model: Decoder, weight_decay: float = 0.0, beta2: float = 0.999) -> torch.optim.AdamW:

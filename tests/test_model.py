@@ -309,3 +309,31 @@ def test_eos_comes_from_generation_config_then_config_then_tokenizer(tmp_path, t
 def test_a_vocabulary_larger_than_the_embedding_is_refused(toy_run):
     with pytest.raises(InputError, match="tokenizer"):
         load_tokenizer(toy_run, Decoder(CONFIGS["qwen2"]()))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_leaving_padding_out_changes_no_hidden_state_and_no_gradient(family, checkpointing):
+    torch.manual_seed(0)
+    decoder = Decoder(CONFIGS[family]()).double()
+    tokens, lengths = torch.randint(0, 97, (4, 11)), torch.tensor([3, 11, 7, 1])
+    real = torch.arange(11) < lengths[:, None]
+    found = []
+    for flags in ({}, {"lengths": lengths}):
+        decoder.gradient_checkpointing = checkpointing and bool(flags)
+        hidden = decoder(tokens, torch.tensor([False, True, False, False]), **flags)
+        (hidden[real] * torch.arange(32).sin()).sum().backward()
+        found.append((hidden, [p.grad.clone() for p in decoder.parameters() if p.grad is not None]))
+        decoder.zero_grad()
+    (padded, expected), (packed, gradients) = found
+    assert (packed - padded)[real].abs().max() < 1e-12 and (packed[~real] == 0).all()
+    assert len(gradients) == len(expected)
+    assert max((a - b).abs().max() for a, b in zip(gradients, expected, strict=True)) < 1e-11
+
+
+def test_padding_costs_no_work_in_the_layers(monkeypatch):
+    decoder, rows = Decoder(CONFIGS["qwen2"]()), []
+    real = decoder.layers[1].mlp.forward
+    monkeypatch.setattr(decoder.layers[1].mlp, "forward", lambda x: rows.append(x.shape[:-1].numel()) or real(x))
+    decoder(torch.ones(4, 11, dtype=torch.int64), lengths=torch.tensor([3, 11, 7, 1]))
+    assert rows == [3 + 11 + 7 + 1]

@@ -163,7 +163,7 @@ def test_eos_gets_a_gradient_and_padding_none(batch):
     model, tokens, mask = batch
     hidden = model(tokens)
     hidden.retain_grad()
-    model.forward = lambda *_: hidden
+    model.forward = lambda *_, **lengths: hidden
     logp, values, *_ = rl.action_stats(model, tokens, mask)
     A = torch.ones_like(logp)
     loss = policy_loss(logp, logp.detach(), logp.detach(), A, mask, 0.2, "none", 2.0, 1)
