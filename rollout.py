@@ -197,21 +197,17 @@ def sample_together(
             share = sample(model, prompts[first:end], pad_id=pad_id, seed=seeds, skip=skip, **options)
     if world_size() == 1:
         return share
-    shares = gather({name: x.cpu() for name, x in vars(share).items() if name != "skip"} if share else None)
-    shares = [share for share in shares if share]
-    T = max(share["tokens"].shape[1] for share in shares)
+    parts = gather({name: x.cpu() for name, x in vars(share).items() if name != "skip"} if share else None)
+    parts = [part for part in parts if part]
 
-    def join(name: str, padding: int | None = None) -> Tensor:
-        rows = [share[name] for share in shares]
-        if padding is not None:
-            ends = [T - share["tokens"].shape[1] for share in shares]
-            rows = [F.pad(x, (0, end), value=padding) for x, end in zip(rows, ends, strict=True)]
+    def join(name: str) -> Tensor:
+        rows = [part[name] for part in parts]
+        if rows[0].dim() == 2:  # (n, T) of each process, to the longest T
+            T, padding = max(x.shape[1] for x in rows), pad_id if name == "tokens" else 0
+            rows = [F.pad(x, (0, T - x.shape[1]), value=padding) for x in rows]
         return torch.cat(rows).to(model.embed.weight.device)
 
-    return Rollout(
-        join("tokens", pad_id), join("prompt_lens"), join("lengths"),
-        join("action_mask", 0), join("logp_behav", 0), join("finished"), skip,
-    )  # fmt: skip
+    return Rollout(**{name: join(name) for name in parts[0]}, skip=skip)
 
 
 def encode_prompts(problems: list[Problem], tokenizer, model: Decoder, max_new_tokens: int) -> list[list[int]]:

@@ -70,7 +70,7 @@ class TrainConfig(SharedConfig):
 
     data: str | None = flag(None, "training problems: a JSON file or hub id (default: the task's usual data set)")
     seed: int = flag(0, "seed of weights, data order, skip masks and sampling")
-    micro_batch: int = flag(64, "rows of one forward and backward pass; lower it to save memory, the gradient stays")
+    micro_batch: int = flag(64, "rows of one pass (of each process); lower it to save memory, the gradient stays")
     gradient_checkpointing: bool = flag(
         False, "keep one activation a layer and compute the others again: slower, less memory"
     )

@@ -144,8 +144,8 @@ def test_so_many_processes_give_the_weights_metrics_and_files_of_one(
 
 def test_in_fp32_processes_differ_by_rounding_only(toy_run, tmp_path):
     reinforce(toy_run, tmp_path / "one", dtype="float32", steps=1)
-    work = lambda: reinforce(toy_run, tmp_path / "two", dtype="float32", steps=1, gradient_checkpointing=True)  # noqa: E731
-    assert launch(2, work) == [0, 0]
+    flags = {"dtype": "float32", "steps": 1, "gradient_checkpointing": True}
+    assert launch(2, lambda: reinforce(toy_run, tmp_path / "two", **flags)) == [0, 0]
     assert distance(tmp_path / "one", tmp_path / "two") < 1e-2
 
 
