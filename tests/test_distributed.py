@@ -20,7 +20,7 @@ import rl
 import rollout
 import warmup
 from evaluate import read_metrics
-from model import Decoder, process_group, rank, shard, whole_model
+from model import Decoder, load, process_group, rank, shard, whole_model
 from reward import InputError
 
 TINY = {"dtype": "float64", "limit": 40, "max_new_tokens": 12, "micro_batch": 3}
@@ -225,6 +225,26 @@ def test_an_exception_in_one_process_ends_torchrun_with_its_message(toy_run, tmp
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode != 0 and "the power is gone" in ended.stderr
+
+
+def test_each_process_keeps_its_part_of_weights_gradients_and_moments(toy_run):
+    decoder, _, _ = load(toy_run, None, None)
+    size = sum(p.numel() for p in decoder.parameters())
+
+    def check():
+        shard(decoder)
+        optimizer = warmup.make_optimizer(decoder)
+        hidden = decoder(torch.arange(48).view(4, 12))
+        (decoder.logits(hidden).sum() + decoder.values(hidden).sum()).backward()
+        optimizer.step()
+        parts = [list(decoder.parameters()), [p.grad for p in decoder.parameters()]]
+        parts += [[moments[name] for moments in optimizer.state.values()] for name in ("exp_avg", "exp_avg_sq")]
+        for part in parts:
+            storages = {x.to_local().untyped_storage().data_ptr(): x.to_local().untyped_storage() for x in part}
+            stored = sum(storage.nbytes() for storage in storages.values()) / 4  # fp32 numbers
+            assert stored < 1.01 * size / 4 + len(part)  # a quarter, and padding
+
+    assert launch(4, check) == [0] * 4
 
 
 @pytest.mark.parametrize("family", ["qwen2", "opt"])  # a tied head; learned positions
