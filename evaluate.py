@@ -14,6 +14,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from model import Decoder, find_checkpoint, load, read_json, write_json
+from processes import rank
 from reward import Problem, load_problems
 from rollout import (
     SharedConfig,
@@ -25,7 +26,7 @@ from rollout import (
     new_figure,
     print_table,
     run_script,
-    sample,
+    sample_together,
 )
 
 
@@ -67,8 +68,10 @@ def main(config: Config) -> list[dict]:
         problems = load_problems(task, "test", one.test_data, one.limit, engine)
         model, tokenizer, eos_ids = load(run, one.device, one.dtype)
         results.append(evaluate(model, tokenizer, eos_ids, problems, one, one.samples, one.seed))
-        if Path(run).is_dir():
+        if Path(run).is_dir() and rank() == 0:
             write_json(Path(run) / "evaluation.json", results[-1])
+    if rank() > 0:
+        return results
     ks = powers_of_two(config.samples)
     header = ["run", "task", "problems", "greedy accuracy", "95% interval", "length"]
     rows = []
@@ -104,7 +107,7 @@ def evaluate(
         "pad_id": eos_ids[0],
         "max_rows": config.max_rows,
     }
-    rollout = sample(model, prompts, temperature=0, **shared)
+    rollout = sample_together(model, prompts, temperature=0, **shared)
     right = int((grade(rollout, problems, tokenizer, config).rewards == 1).sum())
     result = {
         "task": config.task,
@@ -114,7 +117,7 @@ def evaluate(
         "greedy_length": (rollout.lengths - rollout.prompt_lens).double().mean().item(),
     }
     if samples:
-        rollout = sample(model, prompts, num_samples=samples, seed=seed, **shared)
+        rollout = sample_together(model, prompts, num_samples=samples, seed=seed, **shared)
         grades = grade(rollout, problems, tokenizer, config)
         right = (grades.rewards == 1).tolist()
         spans = [slice(i, i + samples) for i in range(0, len(right), samples)]  # the samples of each problem

@@ -359,6 +359,9 @@ class Decoder(nn.Module):
         lengths: (N,), without cache: no work but that of attention goes into padding, whose hidden states are 0.
         """
         visible = places = None
+        N = len(tokens)
+        if N == 0:  # a process whose share is empty takes part in the pass all the same, with a row that counts nowhere
+            tokens, lengths = tokens.new_zeros(1, tokens.shape[1]), None
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         else:
@@ -384,7 +387,8 @@ class Decoder(nn.Module):
                     x = checkpoint(layer, x, rope, None, None, None, places, use_reentrant=False)
                 else:
                     x = layer(x, rope, None if cache is None else cache[i], positions, visible, places)
-        return self.norm(x) if places is None else spread(self.norm(x), *places)
+        hidden = self.norm(x)
+        return (hidden if places is None else spread(hidden, *places))[:N]
 
     def kept_layers(self, skip: Tensor | None) -> list[Layer]:
         """The layers that run. `skip` is read once: a test per layer on a tensor is one GPU synchronisation per layer."""

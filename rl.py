@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from evaluate import draw_curves, evaluate, report
 from model import Decoder, load, peak_memory, sample_skip, write_json
+from processes import rank, shard, total
 from reward import InputError, Problem, load_problems
 from rollout import (
     OUTCOMES,
@@ -39,17 +40,19 @@ from rollout import (
     layers_in,
     out_of_memory,
     run_script,
-    sample,
+    sample_together,
     sampling_gap,
     token_logp,
 )
 from warmup import (
     LESS_MEMORY,
     TrainConfig,
+    agree,
     append_record,
     batch_indices,
     fingerprint,
     leave_if_stopped,
+    load_optimizer,
     make_optimizer,
     micro_batches,
     note_bad_batch,
@@ -138,20 +141,24 @@ def main(config: Config) -> dict:
     model = load(config.out, config.device, config.dtype)[0] if resumed else copy.deepcopy(reference)
     model.gradient_checkpointing = config.gradient_checkpointing
     freeze(reference)  # pi_theta^(0)
+    shard(model)
+    shard(reference)
     optimizer = make_optimizer(model)
     # what cannot work is refused before anything is written
     sample_skip(num_layers, config.skip_ratio)
     prompts = encode_prompts(problems, tokenizer, model, config.max_new_tokens)
     encode_prompts(test_problems, tokenizer, model, config.max_new_tokens)
     if resumed:
-        optimizer.load_state_dict(trainer.pop("optimizer"))
+        load_optimizer(optimizer, trainer.pop("optimizer"))
     out = start_run(config, trainer)
 
     if config.correction == "prefix":
         print("--correction prefix: lam is 1, as its theorem needs")
     updates_a_batch = config.ppo_epochs * math.ceil(config.rollout_batch / config.minibatch)
     done, stop = trainer["step"], []  # stop: the signal that asked for the end
-    bar = tqdm(range(done + 1, config.steps + 1), desc="rl", unit="batch", initial=done, total=config.steps)
+    bar = tqdm(
+        range(done + 1, config.steps + 1), desc="rl", unit="batch", initial=done, total=config.steps, disable=rank() > 0
+    )
     for step in until_stopped(bar, trainer, stop):
         # 1. problems, and a new skip mask for every batch
         started = time.perf_counter()
@@ -164,7 +171,7 @@ def main(config: Config) -> dict:
         # 2. completions from the nested behavior model mu
         rollout_started = time.perf_counter()
         with layers_in(model, config.rollout_dtype):
-            rollout = sample(
+            rollout = sample_together(
                 model,
                 [prompts[i] for i in chosen],
                 max_new_tokens=config.max_new_tokens,
@@ -240,17 +247,18 @@ def main(config: Config) -> dict:
             tok_s=f"{record['rollout_tokens_per_second']:.0f}",
             refresh=False,
         )
-        if step % 5 == 1:
+        if step % 5 == 1 and rank() == 0:
             append_samples(out, step, [batch[0], batch[-1]], [texts[0], texts[-1]], final_reward[[0, -1]].tolist())
         note_bad_batch(out, trainer, record, chosen)
-        if config.save_every and step % config.save_every == 0 and step < config.steps and not stop:
+        if config.save_every and step % config.save_every == 0 and step < config.steps and not agree(stop):
             save_checkpoint(out, model, tokenizer, optimizer, trainer)
 
     save_checkpoint(out, model, tokenizer, optimizer, trainer)
     leave_if_stopped(out, trainer, stop)
     result = evaluate(model, tokenizer, eos_ids, test_problems, config)
-    write_json(out / "evaluation.json", result)
-    draw_curves(out, ("reward", "accuracy", "length", "kl_ref", "kl_behav", "entropy", "greedy_accuracy"))
+    if rank() == 0:
+        write_json(out / "evaluation.json", result)
+        draw_curves(out, ("reward", "accuracy", "length", "kl_ref", "kl_behav", "entropy", "greedy_accuracy"))
     print(report(result, trainer["seconds"]))
     print(f"checkpoint: {out}    curves: {out / 'curves.png'}    next: python evaluate.py {config.model} {out}")
     return result
@@ -306,8 +314,8 @@ def ppo_update(
                 totals += torch.tensor(sums, dtype=torch.float64)
             updates += 1
             lr = config.lr * min(1, updates / LR_RAMP)
-            grad_norms.append(optimizer_step(model, optimizer, lr, loss_sum))
-    policy_total, value_total, clipped_total, token_total = totals.tolist()
+            grad_norms.append(optimizer_step(model, optimizer, lr, total(loss_sum)))
+    policy_total, value_total, clipped_total, token_total = total(totals).tolist()
     return {
         "policy_loss": policy_total / token_total,
         "value_loss": value_total / token_total,
@@ -423,7 +431,7 @@ def batch_stats(model: Decoder, rollout: Rollout, micro_batch: int) -> tuple[Ten
     for rows, T in micro_batches(rollout.lengths, micro_batch):
         part = action_stats(model, rollout.tokens[rows, :T], rollout.action_mask[rows, : T - 1], rollout.lengths[rows])
         logp[rows, : T - 1], values[rows, : T - 1] = part
-    return logp, values
+    return total(logp), total(values)  # each process filled in its rows
 
 
 def mismatch(logp_old: Tensor, logp_behav: Tensor, mask: Tensor, cap: float, reward: Tensor) -> dict[str, float]:

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from model import Decoder, load, sample_skip, write_json
+from processes import gather, gathered, process_group, rank, world_size
 from reward import TASKS, InputError, Problem, extract_answer, load_problems, make_prompt, score
 from sandbox import execute, score_number
 
@@ -280,6 +281,31 @@ def sampling_gap(model: Decoder, rollout: Rollout) -> Tensor:
     return torch.cat(gaps)
 
 
+def sample_together(
+    model: Decoder, prompts: list[list[int]], *, pad_id: int, seed: int = 0, skip: Tensor | None = None, **options
+) -> Rollout:
+    """`sample`, where every process completes its share of the prompts and receives all rows, in their order."""
+    first, end = (len(prompts) * number // world_size() for number in (rank(), rank() + 1))
+    seeds = prompt_seeds(seed, len(prompts))[first:end]
+    share = None
+    with gathered(model):
+        if first < end:  # there may be fewer prompts than processes
+            share = sample(model, prompts[first:end], pad_id=pad_id, seed=seeds, skip=skip, **options)
+    if world_size() == 1:
+        return share
+    parts = gather({name: x.cpu() for name, x in vars(share).items() if name != "skip"} if share else None)
+    parts = [part for part in parts if part]
+
+    def join(name: str) -> Tensor:
+        rows = [part[name] for part in parts]
+        if rows[0].dim() == 2:  # (n, T) of each process, to the longest T
+            T, padding = max(x.shape[1] for x in rows), pad_id if name == "tokens" else 0
+            rows = [F.pad(x, (0, T - x.shape[1]), value=padding) for x in rows]
+        return torch.cat(rows).to(model.embed.weight.device)
+
+    return Rollout(**{name: join(name) for name in parts[0]}, skip=skip)
+
+
 def encode_prompts(problems: list[Problem], tokenizer, model: Decoder, max_new_tokens: int) -> list[list[int]]:
     """Token ids of every prompt, with the special tokens (BOS) that the tokenizer puts in front.
 
@@ -314,7 +340,9 @@ def grade(rollout: Rollout, problems: list[Problem], tokenizer, config: "SharedC
     num_samples = len(texts) // len(problems)
     finished = rollout.finished.tolist()
     if config.engine == "python":
-        ran = iter(execute([text for text, done in zip(texts, finished, strict=True) if done], config.unsafe_exec))
+        programs = [text for text, done in zip(texts, finished, strict=True) if done]
+        # by one process: its programs have all cores, and everybody sees the same results
+        ran = iter(gather(execute(programs, config.unsafe_exec) if rank() == 0 else [])[0])
     answers, outcomes, rewards = [], [], []
     for n, (text, done) in enumerate(zip(texts, finished, strict=True)):
         problem = problems[n // num_samples]
@@ -402,7 +430,9 @@ def run_script(main, config_class, parser: HfArgumentParser | None = None):
     """
     parser = parser or HfArgumentParser(config_class, allow_abbrev=False)
     try:
-        main(config_class(**vars(parser.parse_args())))
+        config = config_class(**vars(parser.parse_args()))
+        with process_group():
+            main(config)
     except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

@@ -31,6 +31,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from evaluate import draw_curves, evaluate, report
 from model import Decoder, load, named_in_errors, peak_memory, pick_device, remove_weights, sample_skip, write_json
+from processes import collected, gather, like, rank, shard, total, whole, whole_model, world_size
 from reward import InputError, Problem, load_problems, make_prompt, make_target
 from rollout import SharedConfig, check, encode_prompts, flag, make_folder, out_of_memory, run_script, token_logp
 
@@ -52,7 +53,7 @@ class TrainConfig(SharedConfig):
 
     data: str | None = flag(None, "training problems: a JSON file or hub id (default: the task's usual data set)")
     seed: int = flag(0, "seed of weights, data order, skip masks and sampling")
-    micro_batch: int = flag(64, "rows of one forward and backward pass; lower it to save memory, the gradient stays")
+    micro_batch: int = flag(64, "rows of one pass (of each process); lower it to save memory, the gradient stays")
     gradient_checkpointing: bool = flag(
         False, "keep one activation a layer and compute the others again: slower, less memory"
     )
@@ -127,14 +128,15 @@ def main(config: Config) -> dict:
         raise InputError(
             f"--layer-dropout {config.layer_dropout} needs more than the {num_layers} layers of this model"
         )
+    shard(model)
     optimizer = make_optimizer(model, config.weight_decay, config.beta2)
     steps = config.steps or max(1, round(config.epochs * len(problems) / config.batch))
     if resumed:
-        optimizer.load_state_dict(trainer.pop("optimizer"))
+        load_optimizer(optimizer, trainer.pop("optimizer"))
     out = start_run(config, trainer)
 
     done, stop = trainer["step"], []  # stop: the signal that asked for the end
-    bar = tqdm(range(done + 1, steps + 1), desc="warm-up", unit="step", initial=done, total=steps)
+    bar = tqdm(range(done + 1, steps + 1), desc="warm-up", unit="step", initial=done, total=steps, disable=rank() > 0)
     for step in until_stopped(bar, trainer, stop):
         started = time.perf_counter()
 
@@ -159,6 +161,7 @@ def main(config: Config) -> dict:
                 loss = -logp.sum() / denominator  # eq. (1)
                 loss.backward()
             loss_sum += loss.item()
+        loss_sum = total(loss_sum)
         ramp, decay = min(1.0, step / (0.1 * steps)), 1 - (step - 1) / steps
         lr = config.lr * ramp * decay
         grad_norm = optimizer_step(model, optimizer, lr, loss_sum)
@@ -175,15 +178,16 @@ def main(config: Config) -> dict:
         append_record(out / "metrics.jsonl", record)
         bar.set_postfix(loss=f"{loss_sum:.3f}", tok_s=f"{record['tokens_per_second']:.0f}", refresh=False)
         note_bad_batch(out, trainer, record, chosen)
-        if config.save_every and step % config.save_every == 0 and step < steps and not stop:
+        if config.save_every and step % config.save_every == 0 and step < steps and not agree(stop):
             save_checkpoint(out, model, tokenizer, optimizer, trainer)
 
     # 5. checkpoint, evaluation, figure
     save_checkpoint(out, model, tokenizer, optimizer, trainer)
     leave_if_stopped(out, trainer, stop)
     result = evaluate(model, tokenizer, eos_ids, test_problems, config)
-    write_json(out / "evaluation.json", result)
-    draw_curves(out, ("loss", "greedy_accuracy"))
+    if rank() == 0:
+        write_json(out / "evaluation.json", result)
+        draw_curves(out, ("loss", "greedy_accuracy"))
     print(report(result, trainer["seconds"]))
     print(f"checkpoint: {out}    next: {next_command(config)}")
     return result
@@ -272,9 +276,13 @@ def batch_indices(seed: int, step: int, batch: int, count: int) -> list[int]:
 
 
 def micro_batches(lengths: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
-    """Rows of like length, `size` at a time, and the columns they need."""
-    for rows in lengths.argsort(stable=True).split(size):
-        yield rows, int(lengths[rows[-1]])
+    """Rows of like length, `size` at a time, and the columns they need.
+
+    Several processes share out the rows of each pass: all make the same number of passes, some of them perhaps without
+    a row.
+    """
+    for rows in lengths.argsort(stable=True).split(size * world_size()):
+        yield rows[rank() :: world_size()], int(lengths[rows[-1]])
 
 
 def make_optimizer(model: Decoder, weight_decay: float = 0.0, beta2: float = 0.999) -> torch.optim.AdamW:
@@ -290,7 +298,7 @@ def optimizer_step(model: Decoder, optimizer: torch.optim.Optimizer, lr: float, 
 
     Where the loss or the norm is not finite, no weight and no moment of Adam changes, and the result is nan.
     """
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
     finite = math.isfinite(grad_norm) and math.isfinite(loss)
     if finite:
         for group in optimizer.param_groups:
@@ -298,6 +306,20 @@ def optimizer_step(model: Decoder, optimizer: torch.optim.Optimizer, lr: float, 
         optimizer.step()
     optimizer.zero_grad()
     return grad_norm if finite else math.nan
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict:
+    """The state_dict of one process: every moment in one piece, on the first process."""
+    state = optimizer.state_dict()
+    moments = {i: {name: collected(x) for name, x in adam.items()} for i, adam in state["state"].items()}
+    return state | {"state": moments}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
+    """Read what `optimizer_state` returned; each process keeps its part of the moments."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {i: {name: like(x, parameters[i]) for name, x in adam.items()} for i, adam in state["state"].items()}
+    optimizer.load_state_dict(state | {"state": moments})
 
 
 # ---- runs that survive, shared with rl.py ---------------------------------------------------------------------------
@@ -319,11 +341,19 @@ def until_stopped(bar: tqdm, trainer: dict, stop: list[int]) -> Iterator[int]:
     try:
         for step in bar:
             yield step
-            if stop or trainer["bad_in_a_row"] >= BAD_IN_A_ROW:
+            if agree(stop) or trainer["bad_in_a_row"] >= BAD_IN_A_ROW:
                 break
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def agree(stop: list[int]) -> bool:
+    """Was any process asked to stop? From here on all of them know."""
+    heard = [number for numbers in gather(stop) for number in numbers]
+    if heard and not stop:
+        stop.append(heard[0])
+    return bool(heard)  # not `stop`: a signal may have come since
 
 
 def leave_if_stopped(out: Path, trainer: dict, stop: list[int]):
@@ -336,7 +366,8 @@ def leave_if_stopped(out: Path, trainer: dict, stop: list[int]):
         )
     if stop:
         words = [*sys.argv, *(() if "--resume" in sys.argv else ("--resume",))]
-        print(f"stopped after step {trainer['step']}, saved in {out}; go on with: python {shlex.join(words)}")
+        start = "python" if world_size() == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+        print(f"stopped after step {trainer['step']}, saved in {out}; go on with: {start} {shlex.join(words)}")
         sys.exit(128 + stop[0])
 
 
@@ -386,6 +417,8 @@ def start_trainer(stage: str, config: TrainConfig, marks: list[int], **state) ->
 def start_run(config: TrainConfig, trainer: dict) -> Path:
     """The folder of a run with run.json in it; its logs are emptied, or cut to what they held at the checkpoint."""
     out = make_folder(config.out)
+    if rank() > 0:
+        return out
     if trainer["step"] == 0:  # an older run's state must not continue this one
         for file in ((out / "trainer.pt").resolve(), out / "trainer.pt"):
             file.unlink(missing_ok=True)
@@ -401,7 +434,9 @@ def start_run(config: TrainConfig, trainer: dict) -> Path:
 
 
 def append_record(file: Path, record: dict):
-    """One more line of JSON; a number that is not finite becomes null."""
+    """One more line of JSON, from the first process; a number that is not finite becomes null."""
+    if rank() > 0:
+        return
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     with file.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(finite, allow_nan=False) + "\n")
@@ -415,7 +450,15 @@ def note_bad_batch(out: Path, trainer: dict, record: dict, chosen: list[int]):
 
 
 def save_checkpoint(out: Path, model: Decoder, tokenizer, optimizer: torch.optim.Optimizer, trainer: dict):
-    """Save a run: a Hugging Face directory with value_head.pt and trainer.pt, all of it or nothing.
+    """Save a run: the first process writes what all of them hold. The files are those of one process."""
+    model, moments = whole_model(model), optimizer_state(optimizer)
+    if rank() == 0:
+        write_checkpoint(out, model, tokenizer, moments, trainer)
+    gather(None)  # the others wait for it: torchrun ends all processes when one leaves
+
+
+def write_checkpoint(out: Path, model: Decoder, tokenizer, moments: dict, trainer: dict):
+    """A Hugging Face directory with value_head.pt and trainer.pt, all of it or nothing.
 
     The files are written to .checkpoints/step-N and brought to the disk. The names in `out` are links into
     .checkpoints/latest, itself a link that moves to the new checkpoint in one rename: whenever the process is killed, `out`
@@ -431,7 +474,7 @@ def save_checkpoint(out: Path, model: Decoder, tokenizer, optimizer: torch.optim
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         log_sizes = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
-        torch.save(trainer | {"optimizer": optimizer.state_dict(), "log_sizes": log_sizes}, folder / "trainer.pt")
+        torch.save(trainer | {"optimizer": moments, "log_sizes": log_sizes}, folder / "trainer.pt")
         for path in (*folder.iterdir(), folder, *(out / name for name in log_sizes)):
             flush_to_disk(path)
         if not (out / "model.safetensors").is_symlink():

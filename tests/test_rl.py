@@ -307,7 +307,7 @@ def test_logp_behav_that_is_not_finite_raises(toy_run, tmp_path, monkeypatch):
         rollout.logp_behav[0, int(rollout.prompt_lens[0])] = torch.nan
         return rollout
 
-    monkeypatch.setattr(rl, "sample", broken)
+    monkeypatch.setattr(rl, "sample_together", broken)
     with pytest.raises(FloatingPointError, match="logp_behav"):
         train(toy_run, tmp_path / "rl")
 
