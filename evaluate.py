@@ -37,6 +37,7 @@ class Flags(SharedConfig):
     out: str = flag("runs", "folder of the figure, evaluation.png")
     task: str | None = flag(None, "the task (default: the one that the run was trained on, else toy)")
     engine: str | None = flag(None, "nl or python (default: the one that the run was trained with, else nl)")
+    prompt_style: str | None = flag(None, "auto, reft or chat (default: as the run was trained, else auto)")
     samples: int = flag(0, "also sample so many completions a problem at temperature 1, for maj@k and pass@k")
     seed: int = flag(0, "seed of those samples")
 
@@ -64,7 +65,8 @@ def main(config: Config) -> list[dict]:
         names = ("test_data", "max_new_tokens") if same else ()
         asked = {name: getattr(config, name) or trained.get(name) for name in names}
         task, engine = config.task or trained.get("task", "toy"), config.engine or trained.get("engine", "nl")
-        one = replace(config, task=task, engine=engine, **asked)
+        style = config.prompt_style or trained.get("prompt_style", "auto")
+        one = replace(config, task=task, engine=engine, prompt_style=style, **asked)
         problems = load_problems(task, "test", one.test_data, one.limit, engine)
         model, tokenizer, eos_ids = load(run, one.device, one.dtype)
         results.append(evaluate(model, tokenizer, eos_ids, problems, one, one.samples, one.seed))
@@ -100,7 +102,7 @@ def evaluate(
     seed: int = 0,
 ) -> dict:
     """What evaluation.json holds: greedy accuracy of the full model and, from `samples` completions, maj@k and pass@k."""
-    prompts = encode_prompts(problems, tokenizer, model, config.max_new_tokens)
+    prompts = encode_prompts(problems, tokenizer, model, eos_ids, config)
     shared = {
         "max_new_tokens": config.max_new_tokens,
         "eos_id": eos_ids,

@@ -146,8 +146,8 @@ def main(config: Config) -> dict:
     optimizer = make_optimizer(model)
     # what cannot work is refused before anything is written
     sample_skip(num_layers, config.skip_ratio)
-    prompts = encode_prompts(problems, tokenizer, model, config.max_new_tokens)
-    encode_prompts(test_problems, tokenizer, model, config.max_new_tokens)
+    prompts = encode_prompts(problems, tokenizer, model, eos_ids, config)
+    encode_prompts(test_problems, tokenizer, model, eos_ids, config)
     if resumed:
         load_optimizer(optimizer, trainer.pop("optimizer"))
     out = start_run(config, trainer)

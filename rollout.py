@@ -306,12 +306,52 @@ def sample_together(
     return Rollout(**{name: join(name) for name in parts[0]}, skip=skip)
 
 
-def encode_prompts(problems: list[Problem], tokenizer, model: Decoder, max_new_tokens: int) -> list[list[int]]:
-    """Token ids of every prompt, with the special tokens (BOS) that the tokenizer puts in front.
+# the system prompt of Qwen2.5-Math-Instruct; for programs it is ours
+SYSTEM_PROMPTS = {
+    "nl": "Please reason step by step, and put your final answer within \\boxed{}.",
+    "python": "Write a Python function solution() that returns the answer. Reply with the function alone.",
+}
 
-    InputError names the first problem that leaves no room for max_new_tokens in the context.
+
+def turn_end(tokenizer, eos_ids: list[int]) -> int | None:
+    """The EOS with which the chat template ends an answer. None where it ends otherwise, or where there is no template.
+
+    Then the model is a base model: some carry a template that they were not trained on (Qwen2.5), with another EOS.
     """
-    prompts = tokenizer([make_prompt(problem) for problem in problems]).input_ids
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False).input_ids
+    return next((token for token in reversed(ids) if token in eos_ids), None)
+
+
+def is_chat(tokenizer, eos_ids: list[int], config: "SharedConfig") -> bool:
+    """Whether prompts are a chat: --prompt-style, where it is "auto" what the checkpoint was trained on."""
+    if config.prompt_style == "chat" and not tokenizer.chat_template:
+        raise InputError("--prompt-style is chat, but the tokenizer has no chat template; take auto or reft")
+    return config.prompt_style == "chat" or (config.prompt_style == "auto" and turn_end(tokenizer, eos_ids) is not None)
+
+
+def encode_prompts(
+    problems: list[Problem],
+    tokenizer,
+    model: Decoder,
+    eos_ids: list[int],
+    config: "SharedConfig",
+    max_new_tokens: int | None = None,
+) -> list[list[int]]:
+    """Token ids of every prompt, in the style that `is_chat` finds, with the special tokens that belong in front.
+
+    InputError names the first problem that leaves no room for max_new_tokens (default: those of config) in the context.
+    """
+    max_new_tokens = config.max_new_tokens if max_new_tokens is None else max_new_tokens
+    if is_chat(tokenizer, eos_ids, config):
+        system = {"role": "system", "content": SYSTEM_PROMPTS[config.engine]}
+        chats = [[system, {"role": "user", "content": problem.question}] for problem in problems]
+        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        prompts = tokenizer(texts, add_special_tokens=False).input_ids  # the template writes BOS itself
+    else:
+        prompts = tokenizer([make_prompt(problem) for problem in problems]).input_ids
     room = model.config.max_positions - max_new_tokens
     for number, (prompt, problem) in enumerate(zip(prompts, problems, strict=True), 1):
         if len(prompt) > room:
@@ -396,6 +436,7 @@ class SharedConfig:
     test_data: str | None = flag(None, "test problems: a JSON file or hub id (default: the task's usual data set)")
     limit: int | None = flag(None, "use only the first so many problems of each split")
     engine: str = flag("nl", "chains of thought: nl (natural language) or python (programs)")
+    prompt_style: str = flag("auto", "reft, chat (the tokenizer's chat template), or auto: chat for chat models")
     unsafe_exec: bool = flag(False, "run model-written programs even where the system cannot hold them back")
     max_new_tokens: int | None = flag(None, "longest completion in tokens (default: 64 for toy, else 400)")
     max_rows: int = flag(512, "completions sampled at a time; lower it to save memory, the samples stay")
@@ -406,6 +447,7 @@ class SharedConfig:
         check(self, "task", self.task is None or self.task in TASKS, f"one of {', '.join(TASKS)}")
         check(self, "limit", self.limit is None or self.limit >= 1, "at least 1")
         check(self, "engine", self.engine in (None, "nl", "python"), "nl or python")
+        check(self, "prompt_style", self.prompt_style in (None, "auto", "reft", "chat"), "auto, reft or chat")
         if self.engine == "python":
             execute(["def solution(): return 1"], self.unsafe_exec)  # refused here, not after an hour of training
         check(self, "dtype", self.dtype in (None, "float32", "float64", "bfloat16"), "float32, float64 or bfloat16")
@@ -474,7 +516,7 @@ def main(config: Config) -> list[dict] | dict:
         return bench(config)
     model, tokenizer, eos_ids = load(config.model, config.device, config.dtype)
     problems = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
-    prompts, layers = encode_prompts(problems, tokenizer, model, config.max_new_tokens), len(model.layers)
+    prompts, layers = encode_prompts(problems, tokenizer, model, eos_ids, config), len(model.layers)
     ratios = sorted({0.0, *config.skip_ratios})  # the full model is what the others are compared with
     out = make_folder(config.out)
     sums = {ratio: torch.zeros(4, dtype=torch.float64) for ratio in ratios}  # seconds, tokens, KL, right

@@ -33,7 +33,18 @@ from evaluate import draw_curves, evaluate, report
 from model import Decoder, load, named_in_errors, peak_memory, pick_device, remove_weights, sample_skip, write_json
 from processes import collected, gather, like, rank, shard, total, whole, whole_model, world_size
 from reward import InputError, Problem, load_problems, make_prompt, make_target
-from rollout import SharedConfig, check, encode_prompts, flag, make_folder, out_of_memory, run_script, token_logp
+from rollout import (
+    SharedConfig,
+    check,
+    encode_prompts,
+    flag,
+    is_chat,
+    make_folder,
+    out_of_memory,
+    run_script,
+    token_logp,
+    turn_end,
+)
 
 TOY = {"batch": 32, "lr": 4e-3, "beta2": 0.95, "weight_decay": 0.1, "layer_dropout": 0.5, "epochs": 0.9}
 # ReFT, section 4.3
@@ -121,8 +132,8 @@ def main(config: Config) -> dict:
     else:
         model, tokenizer, eos_ids = load(config.out if resumed else config.model, config.device, config.dtype)
     model.gradient_checkpointing = config.gradient_checkpointing
-    examples = encode_examples(problems, tokenizer, model, eos_ids[0], config.engine)
-    encode_prompts(test_problems, tokenizer, model, config.max_new_tokens)  # too long? now, not after the training
+    examples = encode_examples(problems, tokenizer, model, eos_ids, config)
+    encode_prompts(test_problems, tokenizer, model, eos_ids, config)  # too long? now, not after the training
     num_layers = len(model.layers)
     if config.layer_dropout and not 0 <= round(DROPPED_SHARE * num_layers) <= num_layers - 3:
         raise InputError(
@@ -196,6 +207,7 @@ def main(config: Config) -> dict:
 def next_command(config: Config) -> str:
     """The command for stage 2, with the flags that this run needed."""
     flags = {"model": (config.out, "runs/warmup"), "task": (config.task, "toy"), "engine": (config.engine, "nl")}
+    flags["prompt_style"] = (config.prompt_style, "auto")
     flags |= {name: (getattr(config, name), None) for name in ("data", "test_data")}
     words = [f"--{name.replace('_', '-')} {value}" for name, (value, default) in flags.items() if value != default]
     ratio = 0.25 if config.layer_dropout else 0.1  # without layer dropout nested models are much worse
@@ -238,11 +250,14 @@ def toy_model(config: Config, problems: list[Problem]) -> tuple[Decoder, PreTrai
 
 
 def encode_examples(
-    problems: list[Problem], tokenizer, model: Decoder, eos_id: int, engine: str
+    problems: list[Problem], tokenizer, model: Decoder, eos_ids: list[int], config: SharedConfig
 ) -> list[tuple[list[int], list[int]]]:
-    """Token ids of (prompt, completion with EOS) of every problem."""
-    prompts = encode_prompts(problems, tokenizer, model, 0)
-    targets = tokenizer([make_target(problem, engine) for problem in problems], add_special_tokens=False).input_ids
+    """Token ids of (prompt, completion with EOS) of every problem; in a chat the EOS is the one that ends a turn."""
+    prompts = encode_prompts(problems, tokenizer, model, eos_ids, config, max_new_tokens=0)
+    texts = [make_target(problem, config.engine) for problem in problems]
+    targets = tokenizer(texts, add_special_tokens=False).input_ids
+    chat_end = turn_end(tokenizer, eos_ids) if is_chat(tokenizer, eos_ids, config) else None
+    eos_id = eos_ids[0] if chat_end is None else chat_end
     for number, (prompt, target) in enumerate(zip(prompts, targets, strict=True), 1):
         if len(prompt) + len(target) + 1 > model.config.max_positions:
             raise InputError(

@@ -64,6 +64,7 @@ BAD_FLAGS = [
     ("rl", "--task", "gsm9k"),
     ("rl", "--dtype", "int8"),
     ("rl", "--engine", "perl"),
+    ("rl", "--prompt-style", "magic"),
     ("rl", "--max-new-tokens", "0"),
     ("warmup", "--layer-dropout", "2"),
     ("warmup", "--steps", "0"),

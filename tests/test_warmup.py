@@ -27,7 +27,7 @@ def train(out, **flags):
 def test_the_loss_counts_the_completion_with_eos_and_nothing_else(toy_run, tmp_path):
     model, tokenizer, (eos,) = load(toy_run, None, "float64")
     problems = load_problems("toy", "train", limit=3)
-    examples = encode_examples(problems, tokenizer, model, eos, "nl")
+    examples = encode_examples(problems, tokenizer, model, [eos], warmup.Config())
     tokens, lengths, mask = collate(examples, "cpu")
     for n, (prompt, completion) in enumerate(examples):
         assert tokens[n, 1:][mask[n]].tolist() == completion and completion[-1] == eos
