@@ -2,6 +2,8 @@
 
     python rl.py --skip-ratio 0.25      Nested-ReFT: completions are sampled with a quarter of the layers skipped
     python rl.py                        plain ReFT: the full model samples, on-policy
+    python rl.py --advantage group --samples 8     without a critic: advantages relative to the samples of one question
+    python rl.py --objective self-training         a baseline of ReFT: eq. (1) on the right completions of each batch
 
 One batch takes seven steps, numbered in `main`: 1 draw problems and a skip mask, 2 sample completions from mu, 3 reward
 them, 4 take log-probabilities and values of the full model, 5 penalised rewards, advantages and returns, 6 PPO, 7 records.
@@ -10,6 +12,7 @@ Departures from ReFT, the paper (its code in brackets):
 - KL penalty: the estimate log pi_old - log pi_ref at the sampled token (as the code); the paper writes the full KL.
 - Losses: the token mean over the batch (the code: the mean of sequence means). The learning rate ramps up over 10 updates.
 - A completion cut at --max-new-tokens has no answer: reward 0 (the code pays it), and no bootstrapped value.
+- Online self-training learns from sampled completions only (the code: from the annotated ones too, with equal weight).
 - gamma and lam in the usual sense of Schulman et al. The paper calls the reward discount lambda = 1 and the TD discount
   gamma = 0.95; the code has gamma = 1, lam = 0.95, and so have we.
 Departures from Nested-ReFT: its code is not public and the names of the corrections are ours; see `correction_terms`.
@@ -63,6 +66,8 @@ from warmup import (
     until_stopped,
 )
 
+OBJECTIVES = ("ppo", "self-training")
+ADVANTAGES = ("gae", "group")
 CORRECTIONS = ("none", "ratio", "truncated", "retrace", "prefix")
 # value_coef stands before the 1/2 of eq. (10), as in ReFT
 TOY = {"steps": 20, "rollout_batch": 128, "minibatch": 64, "lr": 1e-4, "kl_coef": 0.01, "value_coef": 0.1}
@@ -78,6 +83,8 @@ class Config(TrainConfig):
     out: str = flag("runs/rl", "directory of the run")
     steps: int | None = flag(None, "rollout batches (toy: 20, else 1000)")
     skip_ratio: float = flag(0.0, "share of the layers that the behavior model skips; 0 is plain ReFT")
+    objective: str = flag("ppo", f"one of {', '.join(OBJECTIVES)} (supervised, on the right completions of each batch)")
+    advantage: str = flag("gae", f"one of {', '.join(ADVANTAGES)} (relative to the samples of one question: no critic)")
     correction: str = flag("truncated", f"importance-ratio correction: {', '.join(CORRECTIONS)}")
     rollout_dtype: str | None = flag(None, "float32 or bfloat16: what the layers sample in (default: as --dtype)")
     target_kl_behav: float | None = flag(
@@ -102,7 +109,13 @@ class Config(TrainConfig):
                 setattr(self, name, value)
         if self.correction == "prefix":
             self.lam = 1.0  # else its traces would not carry the reward back unbiased
+        if self.advantage == "group":
+            self.gamma = self.lam = 1.0  # every token gets the whole reward of its completion
+        if self.advantage == "group" or self.objective == "self-training":
+            self.value_coef = 0.0  # no critic
         super().__post_init__()
+        check(self, "objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
+        check(self, "advantage", self.advantage in ADVANTAGES, f"one of {', '.join(ADVANTAGES)}")
         check(self, "correction", self.correction in CORRECTIONS, f"one of {', '.join(CORRECTIONS)}")
         for name in ("steps", "samples", "ppo_epochs", "minibatch", "rollout_batch"):
             check(self, name, getattr(self, name) >= 1, "at least 1")
@@ -121,6 +134,7 @@ class Config(TrainConfig):
             self.rollout_batch % self.samples == 0,
             f"a divisor of --rollout-batch {self.rollout_batch}",
         )
+        check(self, "samples", self.advantage == "gae" or self.samples >= 2, "at least 2 for --advantage group")
         check(self, "out", Path(self.out).resolve() != Path(self.model).resolve(), "another folder than --model")
 
 
@@ -154,6 +168,8 @@ def main(config: Config) -> dict:
 
     if config.correction == "prefix":
         print("--correction prefix: lam is 1, as its theorem needs")
+    if config.advantage == "group":
+        print("--advantage group: no critic; gamma and lam are 1, value_coef is 0")
     updates_a_batch = config.ppo_epochs * math.ceil(config.rollout_batch / config.minibatch)
     done, stop = trainer["step"], []  # stop: the signal that asked for the end
     bar = tqdm(
@@ -188,23 +204,29 @@ def main(config: Config) -> dict:
         # 3. rewards, at the last token of each completion
         texts, _, outcomes, final_reward = grade(rollout, batch, tokenizer, config)  # (N,), eq. (3)
         rewards = torch.zeros_like(logp_behav)  # (N, T-1)
-        rewards[torch.arange(len(tokens), device=tokens.device), lengths - 2] = final_reward.to(rewards.dtype)
+        end_reward = final_reward if config.advantage == "gae" else group_relative(final_reward, config.samples)  # (N,)
+        rewards[torch.arange(len(tokens), device=tokens.device), lengths - 2] = end_reward.to(rewards.dtype)
 
         # 4. the full model: log pi_old, V_old and log pi_ref of every sampled token
         update_started = time.perf_counter()
         logp_old, values_old = batch_stats(model, rollout, config.micro_batch)  # (N, T-1) each
         logp_ref, _ = batch_stats(reference, rollout, config.micro_batch)  # (N, T-1)
+        if config.advantage == "group":
+            values_old = torch.zeros_like(values_old)  # no critic
 
         # 5. penalised rewards, advantages, returns
         kl_ref = logp_old - logp_ref  # (N, T-1)
         rewards = rewards - config.kl_coef * kl_ref  # eq. (4)
         _, trace = correction_terms(config.correction, logp_old, logp_behav, mask, config.cap)
         advantages, returns = gae(rewards, values_old, mask, config.gamma, config.lam, trace)  # eqs. (5)-(7)
-        advantages = whiten(advantages, mask)  # after the returns, which keep their scale
+        if config.advantage == "gae":
+            advantages = whiten(advantages, mask)  # after the returns, which keep their scale
 
-        # 6. PPO: several passes over the batch
+        # 6. PPO: several passes over the batch; self-training: over its right completions
+        chosen_rows = ((final_reward == 1) | (config.objective == "ppo")).nonzero()[:, 0]
         batch_tensors = (logp_old, logp_behav, values_old, advantages, returns)
-        losses = ppo_update(model, optimizer, rollout, batch_tensors, config, generator, (step - 1) * updates_a_batch)
+        updates = (step - 1) * updates_a_batch
+        losses = ppo_update(model, optimizer, rollout, batch_tensors, chosen_rows, config, generator, updates)
 
         # 7. records: means over the sampled tokens, or over the completions, of the whole batch
         now = time.perf_counter()
@@ -279,20 +301,22 @@ def ppo_update(
     optimizer: torch.optim.Optimizer,
     rollout: Rollout,
     batch_tensors: tuple[Tensor, ...],
+    chosen_rows: Tensor,
     config: Config,
     generator: torch.Generator,
     updates: int,
 ) -> dict[str, float]:
     """Step 6 of main: ppo_epochs passes in random minibatches; returns the means over all tokens that were updated on.
 
-    batch_tensors: logp_old, logp_behav, values_old, advantages, returns, (N, T-1) each; updates: optimizer steps so far.
+    batch_tensors: logp_old, logp_behav, values_old, advantages, returns, (N, T-1) each; chosen_rows: the completions to
+    learn from, there may be none; updates: optimizer steps so far.
     """
     tokens, lengths, mask = rollout.tokens, rollout.lengths, rollout.action_mask
     totals = torch.zeros(4, dtype=torch.float64)  # policy loss, value loss, clipped tokens, tokens
     grad_norms = []
     for _ in range(config.ppo_epochs):
-        order = torch.randperm(len(tokens), generator=generator).to(tokens.device)
-        for rows in order.split(config.minibatch):
+        order = chosen_rows[torch.randperm(len(chosen_rows), generator=generator).to(tokens.device)]
+        for rows in order.split(config.minibatch) if len(order) else ():
             denominator = int(mask[rows].sum())  # of the whole optimizer step: the micro-batch size changes nothing
             loss_sum = 0.0
             for part, T in micro_batches(lengths[rows], config.micro_batch):
@@ -300,27 +324,31 @@ def ppo_update(
                 mb_mask = mask[mb, : T - 1]  # (n, T-1), as all that follow
                 logp_old, logp_behav, values_old, advantages, returns = (x[mb, : T - 1] for x in batch_tensors)
                 logp_new, values = action_stats(model, tokens[mb, :T], mb_mask, lengths[mb])
-                pg_loss = policy_loss(
-                    logp_new, logp_old, logp_behav, advantages, mb_mask,
-                    config.clip, config.correction, config.cap, denominator,
-                )  # fmt: skip
+                if config.objective == "self-training":
+                    pg_loss = -(logp_new * mb_mask).sum() / denominator  # eq. (1)
+                else:
+                    pg_loss = policy_loss(
+                        logp_new, logp_old, logp_behav, advantages, mb_mask,
+                        config.clip, config.correction, config.cap, denominator,
+                    )  # fmt: skip
                 v_loss = value_loss(values, values_old, returns, mb_mask, config.clip, denominator)
                 loss = pg_loss + config.value_coef * v_loss  # eq. (11)
                 loss.backward()
                 loss_sum += loss.item()
                 ratio = importance_ratio(logp_new.detach(), logp_old, logp_behav, config.correction)
-                clipped = is_clipped(ratio, advantages, config.clip) & mb_mask
+                clipped = is_clipped(ratio, advantages, config.clip) & mb_mask & (config.objective == "ppo")
                 sums = [pg_loss.item() * denominator, v_loss.item() * denominator, clipped.sum(), mb_mask.sum()]
                 totals += torch.tensor(sums, dtype=torch.float64)
             updates += 1
             lr = config.lr * min(1, updates / LR_RAMP)
             grad_norms.append(optimizer_step(model, optimizer, lr, total(loss_sum)))
     policy_total, value_total, clipped_total, token_total = total(totals).tolist()
+    token_total = max(token_total, 1)  # self-training: no completion may have been right
     return {
         "policy_loss": policy_total / token_total,
         "value_loss": value_total / token_total,
         "clip_fraction": clipped_total / token_total,
-        "grad_norm": sum(grad_norms) / len(grad_norms),
+        "grad_norm": sum(grad_norms) / max(len(grad_norms), 1),
         "nonfinite_updates": sum(map(math.isnan, grad_norms)),
     }
 
@@ -353,6 +381,18 @@ def gae(
         next_value, next_trace, next_advantage = values[:, t], trace[:, t], advantages[:, t]
     returns = trace * advantages + values  # eq. (7), (N, T-1)
     return advantages, returns
+
+
+def group_relative(reward: Tensor, samples: int) -> Tensor:
+    """Rewards relative to the other samples of their question, (N,) -> (N,); rows are ordered question by question.
+
+    GRPO, arXiv 2402.03300, section 4.1.2: A_t = (r_i - mean(r_1..r_G)) / std(r_1..r_G) for every token t of sample i.
+    Put at the last token, with V = 0 and gamma = lam = 1, eqs. (5) and (6) carry it to every token, there joined by the KL
+    penalties still to come and by the traces of the correction. (GRPO has the KL in its loss.) Equal rewards give 0.
+    """
+    groups = reward.double().view(-1, samples)  # (questions, samples); in double equal rewards have exactly their mean
+    centred = groups - groups.mean(1, keepdim=True)  # (questions, samples)
+    return (centred / (groups.std(1, keepdim=True, correction=0) + 1e-4)).flatten()  # (N,)
 
 
 def correction_terms(

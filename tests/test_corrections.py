@@ -190,6 +190,23 @@ def test_prefix_is_unbiased_for_every_skip_mask_of_a_decoder():
     assert (logp(torch.tensor([False, True, True, False])) - logp_old).abs().max() > 0.05  # the masks do matter
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_group_relative_rewards_give_the_gradient_of_success_under_prefix(seed):
+    """Two samples a question, each 0 or 1: the mean over all pairs that mu may draw, through the shipped functions."""
+    problem = Problem(seed, kl=False)
+    mu, success = problem.probability(problem.logp_behav), problem.rewards.sum(1)
+    pairs = torch.cartesian_prod(success, success)  # (N * N, 2): a completion and the other sample of its question
+    relative = (
+        rl.group_relative(pairs.flatten(), 2).view(len(mu), len(mu), 2)[..., 0] @ mu
+    )  # (N,): the loss is linear in it
+    truth = problem.true_gradient() * 0.5 / (0.5 + 1e-4)  # a group of 0 and 1 has deviation 0.5
+    problem.rewards = problem.rewards * 0
+    problem.rewards[torch.arange(len(mu)), problem.mask.long().sum(1) - 1] = relative
+    problem.values = torch.zeros_like(problem.values)
+    assert relative_error(problem.mean_gradient("prefix"), truth) < 1e-10
+    assert relative_error(problem.mean_gradient("none"), truth) > 1e-3
+
+
 # ---- properties of the five -----------------------------------------------------------------------------------------
 
 

@@ -65,6 +65,9 @@ BAD_FLAGS = [
     ("rl", "--dtype", "int8"),
     ("rl", "--engine", "perl"),
     ("rl", "--prompt-style", "magic"),
+    ("rl", "--objective", "magic"),
+    ("rl", "--advantage", "magic"),
+    ("rl", "--advantage", "group"),  # one sample a prompt is no group
     ("rl", "--max-new-tokens", "0"),
     ("warmup", "--layer-dropout", "2"),
     ("warmup", "--steps", "0"),

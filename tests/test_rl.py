@@ -77,6 +77,14 @@ def test_gae_scales_by_the_trace_of_the_next_action():
     assert returns.tolist() == [[0.5 * 0.25 * 0.125, 0.25 * 0.125, 0.125]]  # eq. (7): V + c_t A_t
 
 
+def test_group_relative_rewards_by_hand():
+    reward = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.1, 0.1, 0.1, 0.1, 1.0, 1.0, 0.0, 0.1])
+    a = rl.group_relative(reward, 4).view(3, 4)
+    assert a[0].tolist() == pytest.approx([3**0.5, *[-(3**-0.5)] * 3], abs=1e-3)  # mean 1/4, deviation sqrt(3)/4
+    assert (a[1] == 0).all()  # equal rewards: nothing to learn
+    assert a.sum(1).abs().max() < 1e-12 and (a[2].square().mean() - 1).abs() < 1e-3
+
+
 # ---- eqs. (8)-(11) --------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +307,48 @@ def test_target_kl_behav_moves_the_number_of_skipped_layers(toy_run, tmp_path):
     _, falling = train(toy_run, tmp_path / "b", steps=6, skip_ratio=0.5, target_kl_behav=1e-9)
     counts = [len(record["skipped_layers"]) for record in falling]
     assert counts[0] == 4 and counts == sorted(counts, reverse=True) and counts[-1] <= 2
+
+
+def test_group_advantages_reach_every_token_and_leave_the_critic_alone(toy_run, tmp_path, monkeypatch):
+    gae_calls, batches = arguments_of_gae(monkeypatch), []
+    real = rl.ppo_update
+    monkeypatch.setattr(rl, "ppo_update", lambda *args: batches.append(args) or real(*args))
+    real_stats = rl.batch_stats  # a critic that an earlier run has trained must not count
+    monkeypatch.setattr(rl, "batch_stats", lambda *args: (real_stats(*args)[0], torch.ones_like(real_stats(*args)[1])))
+    flags = {"advantage": "group", "samples": 4, "kl_coef": 0.0, "lr": 1e-3, "gamma": 0.5, "value_coef": 3.0}
+    model, records = train(toy_run, tmp_path / "rl", **flags, skip_ratio=0.25, correction="none")
+    _, values, mask, gamma, lam, _ = gae_calls[0]
+    assert (values == 0).all() and (gamma, lam) == (1.0, 1.0)
+    expected = rl.group_relative(torch.tensor([(0.0, 1.0, 0.1)[n % 3] for n in range(8)]), 4).float()
+    advantages = batches[0][3][3]
+    assert torch.allclose(advantages, expected[:, None] * mask, atol=1e-6)  # not whitened either
+    assert (model.value_head.weight == 0).all() and (model.value_head.bias == 0).all()
+    assert records[0]["grad_norm"] > 0 and records[0]["explained_variance"] == 0
+
+
+def test_self_training_is_equation_1_on_the_right_completions(toy_run, tmp_path, monkeypatch):
+    gradients, rollouts = [], []
+    real_step, real_sample = rl.optimizer_step, rl.sample_together
+    collect = lambda m, *rest: gradients.append([p.grad.clone() for p in m.parameters()]) or real_step(m, *rest)  # noqa: E731
+    monkeypatch.setattr(rl, "optimizer_step", collect)
+    monkeypatch.setattr(rl, "sample_together", lambda *a, **k: rollouts.append(real_sample(*a, **k)) or rollouts[-1])
+    flags = {"objective": "self-training", "ppo_epochs": 1, "minibatch": 8, "micro_batch": 2, "dtype": "float64"}
+    _, records = train(toy_run, tmp_path / "rl", **flags, skip_ratio=0.25)
+    model, rollout, right = load(toy_run, None, "float64")[0], rollouts[0], [1, 4, 7]  # see rewards_that_differ
+    logp, _ = rl.action_stats(model, rollout.tokens[right], rollout.action_mask[right])
+    loss = -logp.sum() / rollout.action_mask[right].sum()
+    loss.backward()
+    assert len(gradients) == 1 and records[0]["policy_loss"] == pytest.approx(loss.item(), abs=1e-9)
+    for got, parameter in zip(gradients[0], model.parameters(), strict=True):
+        assert (got - (0 if parameter.grad is None else parameter.grad)).abs().max() < 1e-9
+
+
+def test_self_training_without_a_right_completion_changes_nothing(toy_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(rl, "grade", lambda *args: grade(*args)._replace(rewards=torch.full((8,), 0.1)))
+    model, records = train(toy_run, tmp_path / "rl", objective="self-training", lr=1e-2)
+    before = load(toy_run, None, None)[0]
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
+    assert records[0]["policy_loss"] == records[0]["grad_norm"] == 0
 
 
 def test_logp_behav_that_is_not_finite_raises(toy_run, tmp_path, monkeypatch):
