@@ -50,9 +50,12 @@ def make_prompt(problem: Problem) -> str:
     return f"Question:\n{problem.question}\nAnswer reasoning:\n"
 
 
+ANSWER_LINE = "\nTherefore, the answer is: "
+
+
 def make_target(problem: Problem, engine: str = "nl") -> str:
     """What warm-up teaches the model to write, without EOS. A program (engine "python") is the whole target."""
-    return problem.cot if engine == "python" else f"{problem.cot}\nTherefore, the answer is: {problem.answer}"
+    return problem.cot if engine == "python" else f"{problem.cot}{ANSWER_LINE}{problem.answer}"
 
 
 # ---- the reward ----
@@ -381,6 +384,23 @@ def to_problem(row: object, task: str, split: str, engine: str, where: str) -> P
         kind = "a letter a-e" if task == "mathqa" else "one number"
         raise InputError(f"{where}: the answer {answer.strip()!r} is not {kind}")
     return Problem(question, cot, answer.lower().replace(",", "").strip(), options)
+
+
+def to_row(problem: Problem, completion: str, task: str, engine: str, item_id: str) -> dict[str, str] | None:
+    """A right completion as a row of ReFT's schema, from which `make_target` makes it again; None where it does not.
+
+    That is so for a completion in words that does not end in ANSWER_LINE and a plain answer ("$18 a day", a box).
+    """
+    cot, answer = completion, problem.answer
+    if engine == "nl":
+        cot, _, answer = completion.rpartition(ANSWER_LINE)
+    row = {"item_id": item_id, "question": problem.question, "answer_cot": cot, "answer_value": answer}
+    try:
+        again = to_problem(row, task, "train", engine, item_id)
+    except InputError:
+        return None
+    same = (again.question, again.options) == (problem.question, problem.options)
+    return row if same and again.cot and make_target(again, engine) == completion else None
 
 
 # ---- the toy task ----

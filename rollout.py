@@ -12,9 +12,12 @@ Run as a script it measures what skipping layers buys and what it costs:
 
     python rollout.py --model runs/warmup --skip-ratios 0 0.125 0.25 0.5
     python rollout.py --bench               beside transformers' generate() and the limit of the machine
+    python rollout.py --model runs/gsm8k-warmup --task gsm8k --samples 10 --keep-correct FILE
+                                            right completions, for warmup.py --data FILE (offline self-training)
 """
 
 import contextlib
+import json
 import sys
 import tempfile
 import time
@@ -34,7 +37,7 @@ from transformers import HfArgumentParser
 
 from model import Decoder, load, sample_skip, write_json
 from processes import gather, gathered, process_group, rank, world_size
-from reward import TASKS, InputError, Problem, extract_answer, load_problems, make_prompt, score
+from reward import TASKS, InputError, Problem, extract_answer, load_problems, make_prompt, score, to_row
 from sandbox import execute, score_number
 
 
@@ -492,7 +495,12 @@ class Config(SharedConfig):
     model: str = flag("runs/warmup", "directory or hub id")
     out: str = flag("runs/rollout", "folder of rollout.json and rollout.png")
     skip_ratios: list[float] = flag([0.0, 0.125, 0.25, 0.5], "shares of all layers to skip")
-    limit: int | None = flag(128, "problems of one round")
+    limit: int | None = flag(None, "problems of one round (default: 128), or of --keep-correct (default: all)")
+    keep_correct: str | None = flag(None, "FILE: write the right completions of the training problems to it instead")
+    data: str | None = flag(
+        None, "training problems of --keep-correct: a JSON file or hub id (default: the usual ones)"
+    )
+    samples: int = flag(1, "completions a problem of --keep-correct, at temperature 1")
     rounds: int = flag(6, "timed rounds a ratio, each with a mask of its own")
     rollout_dtype: str | None = flag(None, "float32 or bfloat16: what the layers sample in (default: as --dtype)")
     bench: bool = flag(False, "compare sample() with transformers generate() and with the limit of the machine instead")
@@ -500,7 +508,10 @@ class Config(SharedConfig):
     seed: int = flag(0, "seed of masks and sampling")
 
     def __post_init__(self):
+        if self.limit is None and self.keep_correct is None:
+            self.limit = 128
         super().__post_init__()
+        check(self, "samples", self.samples >= 1, "at least 1")
         check(self, "skip_ratios", all(0 <= ratio < 1 for ratio in self.skip_ratios), "between 0 and 1")
         check(self, "seed", self.seed >= 0, "at least 0")
         check(self, "rounds", self.rounds >= 1, "at least 1")
@@ -515,6 +526,8 @@ def main(config: Config) -> list[dict] | dict:
 
         return bench(config)
     model, tokenizer, eos_ids = load(config.model, config.device, config.dtype)
+    if config.keep_correct is not None:
+        return keep_correct(model, tokenizer, eos_ids, config)
     problems = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
     prompts, layers = encode_prompts(problems, tokenizer, model, eos_ids, config), len(model.layers)
     ratios = sorted({0.0, *config.skip_ratios})  # the full model is what the others are compared with
@@ -563,6 +576,49 @@ def main(config: Config) -> list[dict] | dict:
     print_table(header, [[f.format(v) for f, v in zip(formats, r.values(), strict=True)] for r in results])
     draw_ratios(out, results)
     return results
+
+
+def keep_correct(model: Decoder, tokenizer, eos_ids: list[int], config: Config) -> dict:
+    """Offline self-training: the right completions of the training problems, a file of rows in ReFT's schema.
+
+    Duplicates are left out, and so is what `to_row` cannot turn into a row. Returns the counts.
+    """
+    problems = load_problems(config.task, "train", config.data, config.limit, config.engine)
+    prompts = encode_prompts(problems, tokenizer, model, eos_ids, config)
+    seeds, size = prompt_seeds(config.seed, len(problems)), max(1, config.max_rows // config.samples)
+    counts, seen = dict.fromkeys(("sampled", "right", "duplicates", "kept"), 0), set()  # seen: (problem, text)
+    make_folder(str(Path(config.keep_correct).parent))
+    with open(config.keep_correct, "w", encoding="utf-8") as file, layers_in(model, config.rollout_dtype):
+        for first in tqdm(range(0, len(problems), size), desc="keep correct", unit="batch"):
+            part = slice(first, first + size)
+            rollout = sample(
+                model,
+                prompts[part],
+                max_new_tokens=config.max_new_tokens,
+                eos_id=eos_ids,
+                pad_id=eos_ids[0],
+                num_samples=config.samples,
+                seed=seeds[part],
+                max_rows=config.max_rows,
+            )
+            grades = grade(rollout, problems[part], tokenizer, config)
+            for n, (text, outcome) in enumerate(zip(grades.texts, grades.outcomes, strict=True)):
+                i = first + n // config.samples
+                counts["sampled"] += 1
+                if outcome != "right":
+                    continue
+                counts["right"] += 1
+                if (i, text) in seen:
+                    counts["duplicates"] += 1
+                elif row := to_row(problems[i], text, config.task, config.engine, f"{config.task}_{i}"):
+                    counts["kept"] += 1
+                    file.write(json.dumps(row) + "\n")
+                seen.add((i, text))
+    print(
+        f"{config.keep_correct}: {counts['kept']} of {counts['right']} right completions ({counts['sampled']} sampled); "
+        f"{counts['duplicates']} came twice, the others do not end in 'Therefore, the answer is: ' and a plain answer"
+    )
+    return counts
 
 
 @torch.no_grad()

@@ -79,6 +79,7 @@ BAD_FLAGS = [
     ("warmup", "--task", "gsm8k"),  # from scratch only on toy
     ("rollout", "--skip-ratios", "0.5 1.2"),
     ("rollout", "--rounds", "0"),
+    ("rollout", "--samples", "0"),
     ("evaluate", "--samples", "-1"),
     ("evaluate", "--max-rows", "0"),
 ]

@@ -26,6 +26,7 @@ from reward import (
     make_target,
     read_options,
     score,
+    to_row,
 )
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -200,6 +201,30 @@ def test_prompt_and_target_are_those_of_reft():
     assert make_prompt(problem) == "Question:\nHow many?\nAnswer reasoning:\n"
     assert make_target(problem) == "9 + 9 = 18\nTherefore, the answer is: 18"
     assert make_target(Problem("How many?", "def solution():\n    return 18", "18"), "python").endswith("return 18")
+
+
+@pytest.mark.parametrize("engine", ["nl", "python"])
+def test_a_row_of_a_completion_gives_the_completion_back(engine, tmp_path):
+    problems = load_problems("toy", "train", limit=50, engine=engine)
+    rows = [to_row(problem, make_target(problem, engine), "gsm8k", engine, "gsm8k_0") for problem in problems]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load_problems("gsm8k", "train", str(tmp_path / "rows.jsonl"), engine=engine) == problems
+    assert set(rows[0]) == {"item_id", "question", "answer_cot", "answer_value"}  # ReFT's schema
+
+
+def test_a_completion_that_no_row_gives_back_has_none():
+    problem = Problem("How many?", "", "1080")
+    good = "9 + 9\nTherefore, the answer is: 1080"
+    assert to_row(problem, good, "gsm8k", "nl", "x")["answer_cot"] == "9 + 9"
+    assert to_row(problem, good.replace("1080", "1080.0"), "gsm8k", "nl", "x")["answer_value"] == "1080.0"
+    for other in ("$1,080", "1,080", "1080 Eggs", "1080\n", " 1080", "", "1080\nTherefore, the answer is: x"):
+        assert to_row(problem, good.replace("1080", other), "gsm8k", "nl", "x") is None, other
+    for other in ("So \\boxed{1080}.", "\nTherefore, the answer is: 1080", " " + good, "#### 1080"):
+        assert to_row(problem, other, "gsm8k", "nl", "x") is None, other
+    assert to_row(problem, "def solution():\n    return 1080\n", "gsm8k", "python", "x") is None
+    choice = Problem(f"How many?\n{OPTIONS}", "", "c", OPTIONS)
+    assert to_row(choice, "x\nTherefore, the answer is: c", "mathqa", "nl", "x")["answer_value"] == "c"
+    assert to_row(choice, "x\nTherefore, the answer is: C", "mathqa", "nl", "x") is None
 
 
 # (task, split, file, engine, rows, problems with a chain of thought); mathqa-numeric leaves rows out

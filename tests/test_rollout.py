@@ -7,11 +7,13 @@ import pytest
 import torch
 from families import CONFIGS, random_hf_model
 
+import warmup
 from model import Decoder, load
-from reward import Problem
+from reward import Problem, load_problems, make_prompt, make_target
 from rollout import (
     LOOK_EVERY,
     Config,
+    Grades,
     Rollout,
     SharedConfig,
     draw,
@@ -327,3 +329,40 @@ def test_the_script_prints_a_row_a_ratio_beside_the_full_model(toy_run, tmp_path
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("0")]) == 2
     assert json.loads((tmp_path / "rollout.json").read_text())[1] == nested
     assert (tmp_path / "rollout.png").stat().st_size > 0
+
+
+def test_keep_correct_writes_right_completions_once_and_warm_up_trains_on_exactly_them(toy_run, tmp_path, monkeypatch):
+    problems = load_problems("toy", "train", limit=7)
+    said, asked = [], []
+
+    def graded(rollout, batch, tokenizer, config):
+        """Of the 4 samples of each problem: right, the same again, right in another form, wrong."""
+        assert len(rollout.tokens) == 4 * len(batch)
+        texts = [text for p in batch for text in (make_target(p), make_target(p), f"A: {p.answer}", "A: 99")]
+        asked.extend(batch)
+        return Grades(texts, [], ["right", "right", "right", "wrong"] * len(batch), None)
+
+    monkeypatch.setattr("rollout.grade", graded)
+    file = str(tmp_path / "new" / "kept.jsonl")
+    config = Config(model=str(toy_run), keep_correct=file, limit=7, samples=4, max_new_tokens=4, max_rows=13)
+    assert main(config) == {"sampled": 28, "right": 21, "duplicates": 7, "kept": 7}
+    assert asked == problems  # of the training split, each once
+    assert load_problems("gsm8k", "train", file) == problems
+
+    real = warmup.encode_examples
+    monkeypatch.setattr(warmup, "encode_examples", lambda *args: said.append(real(*args)) or said[-1])
+    data = {"task": "gsm8k", "data": file, "test_data": file, "max_new_tokens": 4}
+    warmup.main(warmup.Config(model=str(toy_run), out=str(tmp_path / "warmup"), steps=1, batch=2, **data))
+    _, tokenizer, (eos,) = load(toy_run, None, None)
+    expected = [tokenizer(make_prompt(p)).input_ids + tokenizer(make_target(p)).input_ids + [eos] for p in problems]
+    assert [prompt + target for prompt, target in said[0]] == expected
+
+
+def test_keep_correct_samples_do_not_depend_on_max_rows(toy_run, tmp_path, monkeypatch):
+    texts = {}
+    for max_rows in (3, 100):
+        rows = texts.setdefault(max_rows, [])
+        monkeypatch.setattr("rollout.grade", lambda *args, rows=rows: rows.extend((g := grade(*args)).texts) or g)
+        flags = {"keep_correct": str(tmp_path / "x"), "limit": 5, "samples": 2, "max_new_tokens": 6, "dtype": "float64"}
+        main(Config(model=str(toy_run), max_rows=max_rows, **flags))
+    assert texts[3] == texts[100] and len(set(texts[3])) > 5
