@@ -581,9 +581,10 @@ def load_tokenizer(source: str | Path, decoder: Decoder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer("0").input_ids:  # what transformers makes of a folder without tokenizer files
         raise InputError(f"{source}: no tokenizer files")
-    if len(tokenizer) > decoder.config.vocab_size:
+    # added tokens may lie beyond the embedding (CodeLlama's <FILL_ME>): few texts hold one
+    if tokenizer.vocab_size > decoder.config.vocab_size:
         raise InputError(
-            f"{source}: {len(tokenizer)} tokens in the tokenizer, {decoder.config.vocab_size} in the embedding"
+            f"{source}: {tokenizer.vocab_size} tokens in the tokenizer, {decoder.config.vocab_size} in the embedding"
         )
     for ids in ((decoder.generation_config or {}).get("eos_token_id"), decoder.hf_config.eos_token_id):
         if ids is not None:

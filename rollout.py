@@ -362,6 +362,9 @@ def encode_prompts(
                 f"problem {number} ({problem.question[:40]!r}...) has {len(prompt)} tokens: the model's context of "
                 f"{model.config.max_positions} less {max_new_tokens} new ones holds {room}; leave it out"
             )
+        if max(prompt) >= model.config.vocab_size:
+            token = tokenizer.convert_ids_to_tokens(max(prompt))
+            raise InputError(f"problem {number}: its prompt holds {token!r}, which is not in the model's embedding")
     return prompts
 
 

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CodeLlamaTokenizer,
     LlamaConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
@@ -21,7 +22,7 @@ import evaluate
 import rl
 import warmup
 from model import load
-from reward import InputError, load_problems, make_prompt, make_target
+from reward import InputError, Problem, load_problems, make_prompt, make_target
 from rollout import SYSTEM_PROMPTS, encode_prompts, sample, turn_end
 from warmup import encode_examples
 
@@ -87,7 +88,7 @@ QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA3_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 QWEN_CHAT = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": CHATML}
 CHECKPOINTS = {  # the config, the special tokens, what the tokenizer knows of them, the EOS of generation_config
-    "codellama": (codellama, ["<unk>", "<s>", "</s>", "▁<PRE>"], {"bos_token": "<s>", "eos_token": "</s>"}, "</s>"),
+    "codellama": (codellama, None, {}, "</s>"),
     "galactica": (galactica, ["<s>", "<pad>", "</s>", "<unk>", "[START_REF]"], {}, None),
     "qwen2.5-math-instruct": (qwen25, QWEN_TOKENS, QWEN_CHAT, ["<|im_end|>", "<|endoftext|>"]),
     "qwen2.5 base": (qwen25, QWEN_TOKENS, QWEN_CHAT | {"eos_token": "<|endoftext|>"}, "<|endoftext|>"),
@@ -102,6 +103,24 @@ CHECKPOINTS = {  # the config, the special tokens, what the tokenizer knows of t
 CHAT = ("qwen2.5-math-instruct", "llama3.1-instruct", "qwen3")
 
 
+def texts() -> list[str]:
+    return [make_prompt(problem) for problem in load_problems("toy", "train", limit=50)]
+
+
+def codellama_tokenizer() -> CodeLlamaTokenizer:
+    """As many pieces as the embedding has rows, and <FILL_ME> beyond them; a space before every text, no padding."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>"]
+    bpe = Tokenizer(models.BPE(byte_fallback=True))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    trainer = trainers.BpeTrainer(vocab_size=SIZE["vocab_size"], special_tokens=pieces, show_progress=False)
+    bpe.train_from_iterator(texts(), trainer)
+    trained = json.loads(bpe.to_str())["model"]
+    tokenizer = CodeLlamaTokenizer(vocab=trained["vocab"], merges=[tuple(pair) for pair in trained["merges"]])
+    assert tokenizer.vocab_size == SIZE["vocab_size"] < len(tokenizer)
+    return tokenizer
+
+
 def make_tokenizer(special: list[str], known: dict) -> PreTrainedTokenizerFast:
     """Byte-level BPE of 300 tokens; the BOS that the tokenizer knows is put in front of every text."""
     bpe = Tokenizer(models.BPE())
@@ -113,7 +132,7 @@ def make_tokenizer(special: list[str], known: dict) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator([make_prompt(problem) for problem in load_problems("toy", "train", limit=50)], trainer)
+    bpe.train_from_iterator(texts(), trainer)
     if bos := known.get("bos_token"):
         bpe.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, bpe.token_to_id(bos))])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **known)
@@ -122,7 +141,7 @@ def make_tokenizer(special: list[str], known: dict) -> PreTrainedTokenizerFast:
 def make_checkpoint(name: str, folder: Path) -> Path:
     """A random checkpoint as the hub has it: bf16 in several safetensors files; Galactica: fp16 in .bin files."""
     make_config, special, known, ends = CHECKPOINTS[name]
-    tokenizer = make_tokenizer(special, known)
+    tokenizer = codellama_tokenizer() if special is None else make_tokenizer(special, known)
     numbers = {token: i for i, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))}
     eos = [numbers[end] for end in ends] if isinstance(ends, list) else numbers[ends or "</s>"]
     bos = numbers.get(known.get("bos_token", "<s>"))
@@ -239,6 +258,13 @@ def test_prompt_style_overrides_what_the_checkpoint_is(checkpoint):
         with pytest.raises(InputError, match="--prompt-style is chat"):
             prompts_of(folder, problems, prompt_style="chat")
     assert make_prompt(problems[0]) in prompts_of(folder, problems, prompt_style="reft")[1][0]
+
+
+def test_a_token_beyond_the_embedding_is_refused_only_where_a_prompt_holds_it(tmp_path):
+    folder = make_checkpoint("codellama", tmp_path)
+    assert len(prompts_of(folder, [Problem("Fill in?", "", "1")])[0]) == 1
+    with pytest.raises(InputError, match="problem 2: its prompt holds '<FILL_ME>'"):
+        prompts_of(folder, [Problem("Fill in?", "", "1"), Problem("What is <FILL_ME>?", "", "1")])
 
 
 def test_warm_up_targets_end_with_the_eos_of_a_turn(checkpoint):
