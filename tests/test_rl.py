@@ -333,7 +333,9 @@ def test_self_training_is_equation_1_on_the_right_completions(toy_run, tmp_path,
     monkeypatch.setattr(rl, "optimizer_step", collect)
     monkeypatch.setattr(rl, "sample_together", lambda *a, **k: rollouts.append(real_sample(*a, **k)) or rollouts[-1])
     flags = {"objective": "self-training", "ppo_epochs": 1, "minibatch": 8, "micro_batch": 2, "dtype": "float64"}
-    _, records = train(toy_run, tmp_path / "rl", **flags, skip_ratio=0.25)
+    flags |= {"skip_ratio": 0.25, "correction": "ratio", "clip": 1e-6}
+    _, records = train(toy_run, tmp_path / "rl", **flags)
+    assert records[0]["clip_fraction"] == 0  # nothing is clipped in eq. (1)
     model, rollout, right = load(toy_run, None, "float64")[0], rollouts[0], [1, 4, 7]  # see rewards_that_differ
     logp, _ = rl.action_stats(model, rollout.tokens[right], rollout.action_mask[right])
     loss = -logp.sum() / rollout.action_mask[right].sum()
