@@ -12,7 +12,7 @@ Departures from ReFT, the paper (its code in brackets):
 - KL penalty: the estimate log pi_old - log pi_ref at the sampled token (as the code); the paper writes the full KL.
 - Losses: the token mean over the batch (the code: the mean of sequence means). The learning rate ramps up over 10 updates.
 - A completion cut at --max-new-tokens has no answer: reward 0 (the code pays it), and no bootstrapped value.
-- Online self-training learns from sampled completions only (the code: from the annotated ones too, with equal weight).
+- Online self-training learns from sampled completions only (paper and code: from the annotated ones too).
 - gamma and lam in the usual sense of Schulman et al. The paper calls the reward discount lambda = 1 and the TD discount
   gamma = 0.95; the code has gamma = 1, lam = 0.95, and so have we.
 Departures from Nested-ReFT: its code is not public and the names of the corrections are ours; see `correction_terms`.
