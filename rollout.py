@@ -12,8 +12,7 @@ Run as a script it measures what skipping layers buys and what it costs:
 
     python rollout.py --model runs/warmup --skip-ratios 0 0.125 0.25 0.5
     python rollout.py --bench               beside transformers' generate() and the limit of the machine
-    python rollout.py --model runs/gsm8k-warmup --task gsm8k --samples 10 --keep-correct FILE
-                                            right completions, for warmup.py --data FILE (offline self-training)
+    python rollout.py --keep-correct FILE   right completions of the training problems, for warmup.py --data FILE
 """
 
 import contextlib
@@ -515,6 +514,7 @@ class Config(SharedConfig):
             self.limit = 128
         super().__post_init__()
         check(self, "samples", self.samples >= 1, "at least 1")
+        check(self, "data", self.data is None or self.keep_correct is not None, "left out without --keep-correct")
         check(self, "skip_ratios", all(0 <= ratio < 1 for ratio in self.skip_ratios), "between 0 and 1")
         check(self, "seed", self.seed >= 0, "at least 0")
         check(self, "rounds", self.rounds >= 1, "at least 1")
@@ -582,7 +582,7 @@ def main(config: Config) -> list[dict] | dict:
 
 
 def keep_correct(model: Decoder, tokenizer, eos_ids: list[int], config: Config) -> dict:
-    """Offline self-training: the right completions of the training problems, a file of rows in ReFT's schema.
+    """Offline self-training (ReFT, section 4.2): right completions of the training problems, rows in ReFT's schema.
 
     Duplicates are left out, and so is what `to_row` cannot turn into a row. Returns the counts.
     """

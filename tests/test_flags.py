@@ -80,6 +80,7 @@ BAD_FLAGS = [
     ("rollout", "--skip-ratios", "0.5 1.2"),
     ("rollout", "--rounds", "0"),
     ("rollout", "--samples", "0"),
+    ("rollout", "--data", "train.jsonl"),  # only --keep-correct reads training problems
     ("evaluate", "--samples", "-1"),
     ("evaluate", "--max-rows", "0"),
 ]
