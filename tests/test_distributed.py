@@ -143,6 +143,16 @@ def test_so_many_processes_give_the_weights_metrics_and_files_of_one(
         assert 0 < sum(line.endswith(" 0") for line in first) < 4  # at some processes no completion ended
 
 
+@pytest.mark.parametrize("flags", [{"advantage": "group"}, {"objective": "self-training"}], ids=str)
+def test_without_a_critic_two_processes_give_what_one_gives(toy_run, tmp_path, monkeypatch, flags):
+    real, rewards = rl.grade, torch.tensor([0.0, 0.0, 0.1, 0.0, 1.0, 0.0, 0.1, 0.1, 0.0, 0.0])
+    monkeypatch.setattr(rl, "grade", lambda *args: real(*args)._replace(rewards=rewards))
+    reinforce(toy_run, tmp_path / "one", **flags)
+    assert launch(2, lambda: reinforce(toy_run, tmp_path / "two", **flags)) == [0, 0]
+    assert distance(tmp_path / "one", tmp_path / "two") < 1e-10
+    assert read_metrics(tmp_path / "two")[0]["grad_norm"] > 0
+
+
 def test_in_fp32_processes_differ_by_rounding_only(toy_run, tmp_path):
     reinforce(toy_run, tmp_path / "one", dtype="float32", steps=1)
     flags = {"dtype": "float32", "steps": 1, "gradient_checkpointing": True}
