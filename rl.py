@@ -3,7 +3,7 @@
     python rl.py --skip-ratio 0.25      Nested-ReFT: completions are sampled with a quarter of the layers skipped
     python rl.py                        plain ReFT: the full model samples, on-policy
     python rl.py --advantage group --samples 8     without a critic: advantages relative to the samples of one question
-    python rl.py --objective self-training         a baseline of ReFT: eq. (1) on the right completions of each batch
+    python rl.py --objective self-training         a baseline of ReFT: eq. (1) on right and annotated completions
 
 One batch takes seven steps, numbered in `main`: 1 draw problems and a skip mask, 2 sample completions from mu, 3 reward
 them, 4 take log-probabilities and values of the full model, 5 penalised rewards, advantages and returns, 6 PPO, 7 records.
@@ -12,7 +12,6 @@ Departures from ReFT, the paper (its code in brackets):
 - KL penalty: the estimate log pi_old - log pi_ref at the sampled token (as the code); the paper writes the full KL.
 - Losses: the token mean over the batch (the code: the mean of sequence means). The learning rate ramps up over 10 updates.
 - A completion cut at --max-new-tokens has no answer: reward 0 (the code pays it), and no bootstrapped value.
-- Online self-training learns from sampled completions only (paper and code: from the annotated ones too).
 - gamma and lam in the usual sense of Schulman et al. The paper calls the reward discount lambda = 1 and the TD discount
   gamma = 0.95; the code has gamma = 1, lam = 0.95, and so have we.
 Departures from Nested-ReFT: its code is not public and the names of the corrections are ours; see `correction_terms`.
@@ -53,6 +52,7 @@ from warmup import (
     agree,
     append_record,
     batch_indices,
+    encode_examples,
     fingerprint,
     leave_if_stopped,
     load_optimizer,
@@ -63,6 +63,7 @@ from warmup import (
     save_checkpoint,
     start_run,
     start_trainer,
+    supervised_step,
     until_stopped,
 )
 
@@ -83,7 +84,7 @@ class Config(TrainConfig):
     out: str = flag("runs/rl", "directory of the run")
     steps: int | None = flag(None, "rollout batches (toy: 20, else 1000)")
     skip_ratio: float = flag(0.0, "share of the layers that the behavior model skips; 0 is plain ReFT")
-    objective: str = flag("ppo", f"one of {', '.join(OBJECTIVES)} (supervised, on the right completions of each batch)")
+    objective: str = flag("ppo", f"one of {', '.join(OBJECTIVES)} (supervised, on right and annotated completions)")
     advantage: str = flag("gae", f"one of {', '.join(ADVANTAGES)} (relative to the samples of one question: no critic)")
     correction: str = flag("truncated", f"importance-ratio correction: {', '.join(CORRECTIONS)}")
     rollout_dtype: str | None = flag(None, "float32 or bfloat16: what the layers sample in (default: as --dtype)")
@@ -162,6 +163,11 @@ def main(config: Config) -> dict:
     sample_skip(num_layers, config.skip_ratio)
     prompts = encode_prompts(problems, tokenizer, model, eos_ids, config)
     encode_prompts(test_problems, tokenizer, model, eos_ids, config)
+    annotated = {}  # number of a problem -> (prompt, chain of thought), for self-training
+    if config.objective == "self-training" and any(problem.cot for problem in problems):
+        numbers = [i for i, problem in enumerate(problems) if problem.cot]
+        examples = encode_examples([problems[i] for i in numbers], tokenizer, model, eos_ids, config)
+        annotated = dict(zip(numbers, examples, strict=True))
     if resumed:
         load_optimizer(optimizer, trainer.pop("optimizer"))
     out = start_run(config, trainer)
@@ -222,11 +228,18 @@ def main(config: Config) -> dict:
         if config.advantage == "gae":
             advantages = whiten(advantages, mask)  # after the returns, which keep their scale
 
-        # 6. PPO: several passes over the batch; self-training: over its right completions
-        chosen_rows = ((final_reward == 1) | (config.objective == "ppo")).nonzero()[:, 0]
-        batch_tensors = (logp_old, logp_behav, values_old, advantages, returns)
+        # 6. PPO: several passes over the batch; self-training: over its right and the annotated completions
         updates = (step - 1) * updates_a_batch
-        losses = ppo_update(model, optimizer, rollout, batch_tensors, chosen_rows, config, generator, updates)
+        if config.objective == "ppo":
+            batch_tensors = (logp_old, logp_behav, values_old, advantages, returns)
+            losses = ppo_update(model, optimizer, rollout, batch_tensors, config, generator, updates)
+        else:
+            spans = zip(
+                tokens.tolist(), rollout.prompt_lens.tolist(), lengths.tolist(), final_reward.tolist(), strict=True
+            )
+            examples = [(row[:start], row[start:end]) for row, start, end, reward in spans if reward == 1]
+            examples += [annotated[i] for i in chosen if i in annotated]
+            losses = self_training_update(model, optimizer, examples, config, generator, updates)
 
         # 7. records: means over the sampled tokens, or over the completions, of the whole batch
         now = time.perf_counter()
@@ -301,22 +314,20 @@ def ppo_update(
     optimizer: torch.optim.Optimizer,
     rollout: Rollout,
     batch_tensors: tuple[Tensor, ...],
-    chosen_rows: Tensor,
     config: Config,
     generator: torch.Generator,
     updates: int,
 ) -> dict[str, float]:
     """Step 6 of main: ppo_epochs passes in random minibatches; returns the means over all tokens that were updated on.
 
-    batch_tensors: logp_old, logp_behav, values_old, advantages, returns, (N, T-1) each; chosen_rows: the completions to
-    learn from, there may be none; updates: optimizer steps so far.
+    batch_tensors: logp_old, logp_behav, values_old, advantages, returns, (N, T-1) each; updates: optimizer steps so far.
     """
     tokens, lengths, mask = rollout.tokens, rollout.lengths, rollout.action_mask
     totals = torch.zeros(4, dtype=torch.float64)  # policy loss, value loss, clipped tokens, tokens
     grad_norms = []
     for _ in range(config.ppo_epochs):
-        order = chosen_rows[torch.randperm(len(chosen_rows), generator=generator).to(tokens.device)]
-        for rows in order.split(config.minibatch) if len(order) else ():
+        order = torch.randperm(len(tokens), generator=generator).to(tokens.device)
+        for rows in order.split(config.minibatch):
             denominator = int(mask[rows].sum())  # of the whole optimizer step: the micro-batch size changes nothing
             loss_sum = 0.0
             for part, T in micro_batches(lengths[rows], config.micro_batch):
@@ -324,30 +335,57 @@ def ppo_update(
                 mb_mask = mask[mb, : T - 1]  # (n, T-1), as all that follow
                 logp_old, logp_behav, values_old, advantages, returns = (x[mb, : T - 1] for x in batch_tensors)
                 logp_new, values = action_stats(model, tokens[mb, :T], mb_mask, lengths[mb])
-                if config.objective == "self-training":
-                    pg_loss = -(logp_new * mb_mask).sum() / denominator  # eq. (1)
-                else:
-                    pg_loss = policy_loss(
-                        logp_new, logp_old, logp_behav, advantages, mb_mask,
-                        config.clip, config.correction, config.cap, denominator,
-                    )  # fmt: skip
+                pg_loss = policy_loss(
+                    logp_new, logp_old, logp_behav, advantages, mb_mask,
+                    config.clip, config.correction, config.cap, denominator,
+                )  # fmt: skip
                 v_loss = value_loss(values, values_old, returns, mb_mask, config.clip, denominator)
                 loss = pg_loss + config.value_coef * v_loss  # eq. (11)
                 loss.backward()
                 loss_sum += loss.item()
                 ratio = importance_ratio(logp_new.detach(), logp_old, logp_behav, config.correction)
-                clipped = is_clipped(ratio, advantages, config.clip) & mb_mask & (config.objective == "ppo")
+                clipped = is_clipped(ratio, advantages, config.clip) & mb_mask
                 sums = [pg_loss.item() * denominator, v_loss.item() * denominator, clipped.sum(), mb_mask.sum()]
                 totals += torch.tensor(sums, dtype=torch.float64)
             updates += 1
             lr = config.lr * min(1, updates / LR_RAMP)
             grad_norms.append(optimizer_step(model, optimizer, lr, total(loss_sum)))
     policy_total, value_total, clipped_total, token_total = total(totals).tolist()
-    token_total = max(token_total, 1)  # self-training: no completion may have been right
     return {
         "policy_loss": policy_total / token_total,
         "value_loss": value_total / token_total,
         "clip_fraction": clipped_total / token_total,
+        "grad_norm": sum(grad_norms) / len(grad_norms),
+        "nonfinite_updates": sum(map(math.isnan, grad_norms)),
+    }
+
+
+def self_training_update(
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    examples: list[tuple[list[int], list[int]]],
+    config: Config,
+    generator: torch.Generator,
+    updates: int,
+) -> dict[str, float]:
+    """Step 6 of main for online self-training (ReFT, section 4.2): eq. (1) on `examples`, in passes and minibatches as PPO.
+
+    examples: (prompt, completion); where there is none, no weight changes. updates: optimizer steps so far.
+    """
+    losses, grad_norms = [], []
+    for _ in range(config.ppo_epochs):
+        order = torch.randperm(len(examples), generator=generator).tolist()
+        for first in range(0, len(order), config.minibatch):
+            rows = order[first : first + config.minibatch]
+            updates += 1
+            lr = config.lr * min(1, updates / LR_RAMP)
+            loss, norm = supervised_step(model, optimizer, [examples[n] for n in rows], lr, config.micro_batch)
+            losses.append(loss)
+            grad_norms.append(norm)
+    return {
+        "policy_loss": sum(losses) / max(len(losses), 1),
+        "value_loss": 0.0,
+        "clip_fraction": 0.0,
         "grad_norm": sum(grad_norms) / max(len(grad_norms), 1),
         "nonfinite_updates": sum(map(math.isnan, grad_norms)),
     }

@@ -157,37 +157,24 @@ def main(config: Config) -> dict:
         if rng.random() < config.layer_dropout:
             skip = sample_skip(num_layers, DROPPED_SHARE, torch.Generator().manual_seed(int(rng.integers(2**62))))
         chosen = batch_indices(config.seed, step, config.batch, len(examples))
-        tokens, lengths, action_mask = collate([examples[i] for i in chosen], model.embed.weight.device)
+        batch = [examples[i] for i in chosen]
 
         # 3. the loss and the update
-        denominator = int(action_mask.sum())  # of the whole batch: the micro-batch size does not change the gradient
-        loss_sum = 0.0
-        for rows, T in micro_batches(lengths, config.micro_batch):
-            with out_of_memory(LESS_MEMORY):
-                mask = action_mask[rows, : T - 1]  # (n, T-1)
-                hidden = model(tokens[rows, :T], skip, lengths=lengths[rows])[:, :-1][
-                    mask
-                ]  # (actions, d): completion positions only
-                logp = token_logp(model.logits(hidden), tokens[rows, 1:T][mask])  # (actions,)
-                loss = -logp.sum() / denominator  # eq. (1)
-                loss.backward()
-            loss_sum += loss.item()
-        loss_sum = total(loss_sum)
         ramp, decay = min(1.0, step / (0.1 * steps)), 1 - (step - 1) / steps
         lr = config.lr * ramp * decay
-        grad_norm = optimizer_step(model, optimizer, lr, loss_sum)
+        loss, grad_norm = supervised_step(model, optimizer, batch, lr, config.micro_batch, skip)
 
         # 4. the records
         seconds = time.perf_counter() - started
         trainer["step"], trainer["seconds"] = step, trainer["seconds"] + seconds
-        record = {"step": step, "seconds": trainer["seconds"], "loss": loss_sum, "lr": lr, "grad_norm": grad_norm}
+        record = {"step": step, "seconds": trainer["seconds"], "loss": loss, "lr": lr, "grad_norm": grad_norm}
         record["nonfinite_updates"] = int(math.isnan(grad_norm))
-        record["tokens_per_second"] = int(lengths.sum()) / seconds
-        record["peak_memory_gb"] = peak_memory(tokens.device)
+        record["tokens_per_second"] = sum(len(prompt) + len(completion) for prompt, completion in batch) / seconds
+        record["peak_memory_gb"] = peak_memory(model.embed.weight.device)
         if config.eval_every and step % config.eval_every == 0:
             record["greedy_accuracy"] = evaluate(model, tokenizer, eos_ids, test_problems, config)["greedy_accuracy"]
         append_record(out / "metrics.jsonl", record)
-        bar.set_postfix(loss=f"{loss_sum:.3f}", tok_s=f"{record['tokens_per_second']:.0f}", refresh=False)
+        bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{record['tokens_per_second']:.0f}", refresh=False)
         note_bad_batch(out, trainer, record, chosen)
         if config.save_every and step % config.save_every == 0 and step < steps and not agree(stop):
             save_checkpoint(out, model, tokenizer, optimizer, trainer)
@@ -278,6 +265,30 @@ def collate(examples: list[tuple[list[int], list[int]]], device) -> tuple[Tensor
 
 
 # ---- shared with rl.py ----------------------------------------------------------------------------------------------
+
+
+@out_of_memory(LESS_MEMORY)
+def supervised_step(
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    examples: list[tuple[list[int], list[int]]],
+    lr: float,
+    micro_batch: int,
+    skip: Tensor | None = None,
+) -> tuple[float, float]:
+    """One optimizer step on eq. (1) over (prompt, completion) pairs; returns the loss and the norm of its gradient."""
+    tokens, lengths, action_mask = collate(examples, model.embed.weight.device)  # (N, T), (N,), (N, T-1)
+    denominator = int(action_mask.sum())  # of the whole batch: the micro-batch size does not change the gradient
+    loss_sum = 0.0
+    for rows, T in micro_batches(lengths, micro_batch):
+        mask = action_mask[rows, : T - 1]  # (n, T-1)
+        hidden = model(tokens[rows, :T], skip, lengths=lengths[rows])[:, :-1][mask]  # (actions, d)
+        logp = token_logp(model.logits(hidden), tokens[rows, 1:T][mask])  # (actions,): completion positions only
+        loss = -logp.sum() / denominator  # eq. (1)
+        loss.backward()
+        loss_sum += loss.item()
+    loss_sum = total(loss_sum)
+    return loss_sum, optimizer_step(model, optimizer, lr, loss_sum)
 
 
 def batch_indices(seed: int, step: int, batch: int, count: int) -> list[int]:

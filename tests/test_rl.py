@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ import rl
 import rollout
 import warmup
 from model import load
-from reward import InputError
+from reward import InputError, load_problems
 from rl import gae, policy_loss, value_loss, whiten
 from rollout import grade, sample
+from warmup import collate, encode_examples
 
 PAD, EOS = 0, 1
 REWARDS = torch.arange(8.0)
@@ -326,26 +328,35 @@ def test_group_advantages_reach_every_token_and_leave_the_critic_alone(toy_run, 
     assert records[0]["grad_norm"] > 0 and records[0]["explained_variance"] == 0
 
 
-def test_self_training_is_equation_1_on_the_right_completions(toy_run, tmp_path, monkeypatch):
-    gradients, rollouts = [], []
-    real_step, real_sample = rl.optimizer_step, rl.sample_together
-    collect = lambda m, *rest: gradients.append([p.grad.clone() for p in m.parameters()]) or real_step(m, *rest)  # noqa: E731
-    monkeypatch.setattr(rl, "optimizer_step", collect)
+def test_self_training_is_equation_1_on_right_and_annotated_completions(toy_run, tmp_path, monkeypatch):
+    gradients, rollouts, graded, real_grade = [], [], [], rl.grade
+    monkeypatch.setattr(rl, "grade", lambda *args: graded.append(args[1]) or real_grade(*args))
+    real_step, real_sample = warmup.optimizer_step, rl.sample_together
+
+    def collect(model, *rest):
+        gradients.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
+        return real_step(model, *rest)
+
+    monkeypatch.setattr(warmup, "optimizer_step", collect)
     monkeypatch.setattr(rl, "sample_together", lambda *a, **k: rollouts.append(real_sample(*a, **k)) or rollouts[-1])
-    flags = {"objective": "self-training", "ppo_epochs": 1, "minibatch": 8, "micro_batch": 2, "dtype": "float64"}
-    flags |= {"skip_ratio": 0.25, "correction": "ratio", "clip": 1e-6}
-    _, records = train(toy_run, tmp_path / "rl", **flags)
-    assert records[0]["clip_fraction"] == 0  # nothing is clipped in eq. (1)
-    model, rollout, right = load(toy_run, None, "float64")[0], rollouts[0], [1, 4, 7]  # see rewards_that_differ
+    flags = {"objective": "self-training", "ppo_epochs": 1, "minibatch": 16, "micro_batch": 2, "dtype": "float64"}
+    _, records = train(toy_run, tmp_path / "rl", **flags, skip_ratio=0.25)
+    model, tokenizer, eos_ids = load(toy_run, None, "float64")
+    rollout, right = rollouts[0], [1, 4, 7]  # see rewards_that_differ
     logp, _ = rl.action_stats(model, rollout.tokens[right], rollout.action_mask[right])
-    loss = -logp.sum() / rollout.action_mask[right].sum()
+    examples = encode_examples(graded[0], tokenizer, model, eos_ids, rl.Config())
+    tokens, _, mask = collate(examples, "cpu")
+    annotated, _ = rl.action_stats(model, tokens, mask)
+    loss = -(logp.sum() + annotated.sum()) / (rollout.action_mask[right].sum() + mask.sum())
     loss.backward()
     assert len(gradients) == 1 and records[0]["policy_loss"] == pytest.approx(loss.item(), abs=1e-9)
     for got, parameter in zip(gradients[0], model.parameters(), strict=True):
-        assert (got - (0 if parameter.grad is None else parameter.grad)).abs().max() < 1e-9
+        assert (got is None) == (parameter.grad is None or not parameter.grad.any())  # the value head
+        assert got is None or (got - parameter.grad).abs().max() < 1e-9
 
 
-def test_self_training_without_a_right_completion_changes_nothing(toy_run, tmp_path, monkeypatch):
+def test_self_training_with_nothing_to_learn_from_changes_nothing(toy_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(rl, "load_problems", lambda *args: [replace(p, cot="") for p in load_problems(*args)])
     monkeypatch.setattr(rl, "grade", lambda *args: grade(*args)._replace(rewards=torch.full((8,), 0.1)))
     model, records = train(toy_run, tmp_path / "rl", objective="self-training", lr=1e-2)
     before = load(toy_run, None, None)[0]
