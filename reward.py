@@ -54,8 +54,12 @@ ANSWER_LINE = "\nTherefore, the answer is: "
 
 
 def make_target(problem: Problem, engine: str = "nl") -> str:
-    """What warm-up teaches the model to write, without EOS. A program (engine "python") is the whole target."""
-    return problem.cot if engine == "python" else f"{problem.cot}{ANSWER_LINE}{problem.answer}"
+    """What warm-up teaches the model to write, without EOS. A program (engine "python") is the whole target.
+
+    So is a chain of thought with its answer in a box, as chat models write it.
+    """
+    whole = engine == "python" or "\\boxed{" in problem.cot
+    return problem.cot if whole else f"{problem.cot}{ANSWER_LINE}{problem.answer}"
 
 
 # ---- the reward ----
@@ -389,11 +393,11 @@ def to_problem(row: object, task: str, split: str, engine: str, where: str) -> P
 def to_row(problem: Problem, completion: str, task: str, engine: str, item_id: str) -> dict[str, str] | None:
     """A right completion as a row of ReFT's schema, from which `make_target` makes it again; None where it does not.
 
-    That is so for a completion in words that does not end in ANSWER_LINE and a plain answer ("$18 a day", a box).
+    That is so for a completion in words that has its answer neither in a box nor, plainly, after ANSWER_LINE.
     """
-    cot, answer = completion, problem.answer
-    if engine == "nl":
-        cot, _, answer = completion.rpartition(ANSWER_LINE)
+    cot, _, answer = completion.rpartition(ANSWER_LINE)
+    if engine == "python" or "\\boxed{" in completion:
+        cot, answer = completion, problem.answer
     row = {"item_id": item_id, "question": problem.question, "answer_cot": cot, "answer_value": answer}
     try:
         again = to_problem(row, task, "train", engine, item_id)

@@ -619,7 +619,7 @@ def keep_correct(model: Decoder, tokenizer, eos_ids: list[int], config: Config) 
                 seen.add((i, text))
     print(
         f"{config.keep_correct}: {counts['kept']} of {counts['right']} right completions ({counts['sampled']} sampled); "
-        f"{counts['duplicates']} came twice, the others do not end in 'Therefore, the answer is: ' and a plain answer"
+        f"{counts['duplicates']} came twice; the others have their answer neither in a box nor plainly in ReFT's last line"
     )
     return counts
 

@@ -219,7 +219,11 @@ def test_a_completion_that_no_row_gives_back_has_none():
     assert to_row(problem, good.replace("1080", "1080.0"), "gsm8k", "nl", "x")["answer_value"] == "1080.0"
     for other in ("$1,080", "1,080", "1080 Eggs", "1080\n", " 1080", "", "1080\nTherefore, the answer is: x"):
         assert to_row(problem, good.replace("1080", other), "gsm8k", "nl", "x") is None, other
-    for other in ("So \\boxed{1080}.", "\nTherefore, the answer is: 1080", " " + good, "#### 1080"):
+    boxed = "So \\boxed{1,080} eggs."
+    assert to_row(problem, boxed, "gsm8k", "nl", "x")["answer_cot"] == boxed
+    assert make_target(Problem("How many?", boxed, "1080")) == boxed  # what a chat model writes
+    assert to_row(problem, good.replace("9 + 9", boxed), "gsm8k", "nl", "x")["answer_value"] == "1080"
+    for other in ("So \\boxed{1080}.\n", "\nTherefore, the answer is: 1080", " " + good, "#### 1080"):
         assert to_row(problem, other, "gsm8k", "nl", "x") is None, other
     assert to_row(problem, "def solution():\n    return 1080\n", "gsm8k", "python", "x") is None
     choice = Problem(f"How many?\n{OPTIONS}", "", "c", OPTIONS)
