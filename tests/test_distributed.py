@@ -35,7 +35,7 @@ def warm(out, **changes):
 def reinforce(model, out, **changes):
     """Two steps of rl.py: 5 prompts and 10 completions of all lengths, in minibatches of 7 and 3."""
     flags = {"model": str(model), "out": str(out), "steps": 2, "skip_ratio": 0.25, "lr": 1e-2, "samples": 2}
-    flags |= {"rollout_batch": 10, "minibatch": 7, "eval_every": 1, "seed": 5}
+    flags |= {"rollout_batch": 10, "minibatch": 7, "eval_every": 1, "seed": 5, "correction": "truncated"}
     return rl.main(rl.Config(**(TINY | flags | changes)))
 
 
