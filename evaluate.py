@@ -240,6 +240,7 @@ def print_groups(groups: list[dict]):
 def draw_groups(out: Path, groups: list[dict]):
     """study.png: greedy accuracy over the seconds of training, one line a group; its runs are averaged point by point."""
     figure, (panel,) = new_figure(1, width=9.0)
+    figure.set_figheight(max(4.0, 0.25 * len(groups)))  # the legend has a line a group
     for group in groups:
         curves = [curve for curve in group["curves"] if curve]
         if curves:
