@@ -1,50 +1,41 @@
-"""Greedy accuracy, maj@k and pass@k of any run on any task; tables and figures.
+"""Greedy accuracy, maj@k and pass@k of any run on any task; every table and figure; offline self-training.
 
 python evaluate.py runs/warmup runs/rl --samples 8
 python evaluate.py runs/study/* --samples 8             runs that differ in more than their seed are compared as groups
+python evaluate.py runs/warmup --samples 100 --keep-correct right.jsonl      right completions as training problems
 """
 
 import json
 import math
+import os
 import statistics
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
+from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from model import Decoder, find_checkpoint, load, read_json, write_json
-from processes import rank
-from reward import Problem, load_problems
-from rollout import (
-    SharedConfig,
-    check,
-    encode_prompts,
-    flag,
-    grade,
-    make_folder,
-    new_figure,
-    print_table,
-    run_script,
-    sample_together,
-)
+from model import Decoder, load, named_in_errors, rank, read_json, write_json
+from reward import TASKS, InputError, Problem, load_problems
+from rollout import SharedConfig, encode_prompts, flag, grade, prompt_seeds, run_script, sample
 
 
 @dataclass
 class Flags(SharedConfig):
     """Flags of evaluate.py."""
 
-    out: str = flag("runs", "folder of the figure, evaluation.png")
-    task: str | None = flag(None, "the task (default: the one that the run was trained on, else toy)")
-    engine: str | None = flag(None, "nl or python (default: the one that the run was trained with, else nl)")
-    prompt_style: str | None = flag(None, "auto, reft or chat (default: as the run was trained, else auto)")
+    out: str = flag("runs", "folder of evaluation.png, and of study.json and study.png where runs make groups")
+    task: Literal[TASKS] | None = flag(None, "default: the one that the run was trained on, else toy")
+    engine: Literal["nl", "python"] | None = flag(None, "default: the one that the run was trained with, else nl")
+    prompt_style: Literal["auto", "reft", "chat"] | None = flag(None, "default: as the run was trained, else auto")
     samples: int = flag(0, "also sample so many completions a problem at temperature 1, for maj@k and pass@k")
+    keep_correct: str | None = flag(None, "FILE: write right completions of the training problems to it instead")
+    data: str | None = flag(None, "training problems of --keep-correct (default: the usual ones of the task)")
     seed: int = flag(0, "seed of those samples")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, "samples", self.samples >= 0, "at least 0")
-        check(self, "seed", self.seed >= 0, "at least 0")
 
 
 @dataclass
@@ -53,64 +44,50 @@ class Config(Flags):
 
     runs: tuple[str, ...] = ()  # directories or hub ids
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.keep_correct is not None and not (
+            len(self.runs) == 1 <= self.samples and self.data != self.keep_correct
+        ):
+            raise InputError("--keep-correct FILE takes one run, --samples of 1 or more, and another file than --data")
+
 
 def main(config: Config) -> list[dict]:
     """Evaluate every run, write its evaluation.json, print one table, draw one figure."""
-    for run in config.runs:
-        find_checkpoint(run)  # a wrong name is refused now, not after an hour
+    if missing := [run for run in config.runs if Path(run).exists() and not (Path(run) / "config.json").exists()]:
+        raise InputError(f"{missing[0]}: not a checkpoint (a folder with config.json)")
     out, results = make_folder(config.out), []
     for run in config.runs:
-        trained = read_json(Path(run) / "run.json") if (Path(run) / "run.json").exists() else {}
-        same = config.task in (None, trained.get("task"))  # another task has other test problems and lengths
-        names = ("test_data", "max_new_tokens") if same else ()
-        asked = {name: getattr(config, name) or trained.get(name) for name in names}
-        task, engine = config.task or trained.get("task", "toy"), config.engine or trained.get("engine", "nl")
-        style = config.prompt_style or trained.get("prompt_style", "auto")
-        one = replace(config, task=task, engine=engine, prompt_style=style, **asked)
-        problems = load_problems(task, "test", one.test_data, one.limit, engine)
-        model, tokenizer, eos_ids = load(run, one.device, one.dtype)
-        results.append(evaluate(model, tokenizer, eos_ids, problems, one, one.samples, one.seed))
+        one = as_trained(config, run)
+        model = load(run, one.device, one.dtype)
+        if one.keep_correct is not None:
+            return [keep_correct(model, one)]
+        problems = load_problems(one.task, "test", one.test_data, one.limit, one.engine)
+        results.append(evaluate(model, problems, one, one.samples, one.seed))
         if Path(run).is_dir() and rank() == 0:
             write_json(Path(run) / "evaluation.json", results[-1])
-    if rank() > 0:
-        return results
-    ks = powers_of_two(config.samples)
-    header = ["run", "task", "problems", "greedy accuracy", "95% interval", "length"]
-    rows = []
-    for run, result in zip(config.runs, results, strict=True):
-        low, high = result["greedy_interval"]
-        cells = [run, result["task"], result["problems"], f"{result['greedy_accuracy']:.3f}", f"{low:.3f}-{high:.3f}"]
-        cells += [f"{result['greedy_length']:.1f}"]
-        rows.append(cells + [f"{result[f'{kind}@{k}']:.3f}" for kind in ("maj", "pass") for k in ks])
-    print_table(header + [f"{kind}@{k}" for kind in ("maj", "pass") for k in ks], rows)
-    draw_results(out, config, results)
-    groups = group_runs(config.runs, results)
-    if 1 < len(groups) < len(config.runs):
-        print_groups(groups)
-        write_json(out / "study.json", groups)
-        draw_groups(out, groups)
+    if rank() == 0:
+        print_table([{"run": run, **result} for run, result in zip(config.runs, results, strict=True)])
+        draw_results(out, config, results)
+        compare_groups(out, config.runs, results)
     return results
 
 
-def evaluate(
-    model: Decoder,
-    tokenizer,
-    eos_ids: list[int],
-    problems: list[Problem],
-    config: SharedConfig,
-    samples: int = 0,
-    seed: int = 0,
-) -> dict:
+def as_trained(config: Config, run: str) -> Config:
+    """The flags with which a run is evaluated: those that were not given are the ones it was trained with."""
+    trained = read_json(Path(run) / "run.json") if (Path(run) / "run.json").exists() else {}
+    defaults = {"task": "toy", "engine": "nl", "prompt_style": "auto"}
+    if config.task in (None, trained.get("task")):  # another task has other test problems and lengths
+        defaults |= {"test_data": None, "max_new_tokens": None}
+    flags = {name: getattr(config, name) or trained.get(name, default) for name, default in defaults.items()}
+    return replace(config, **flags)
+
+
+def evaluate(model: Decoder, problems: list[Problem], config: SharedConfig, samples: int = 0, seed: int = 0) -> dict:
     """What evaluation.json holds: greedy accuracy of the full model and, from `samples` completions, maj@k and pass@k."""
-    prompts = encode_prompts(problems, tokenizer, model, eos_ids, config)
-    shared = {
-        "max_new_tokens": config.max_new_tokens,
-        "eos_id": eos_ids,
-        "pad_id": eos_ids[0],
-        "max_rows": config.max_rows,
-    }
-    rollout = sample_together(model, prompts, temperature=0, **shared)
-    right = int((grade(rollout, problems, tokenizer, config).rewards == 1).sum())
+    prompts, sampling = encode_prompts(problems, model, config, config.max_new_tokens), config.sampling(model)
+    rollout = sample(model, prompts, temperature=0, **sampling)
+    right = int((grade(rollout, problems, model, config).rewards == 1).sum())
     result = {
         "task": config.task,
         "problems": len(problems),
@@ -119,20 +96,14 @@ def evaluate(
         "greedy_length": (rollout.lengths - rollout.prompt_lens).double().mean().item(),
     }
     if samples:
-        rollout = sample_together(model, prompts, num_samples=samples, seed=seed, **shared)
-        grades = grade(rollout, problems, tokenizer, config)
+        grades = grade(sample(model, prompts, num_samples=samples, seed=seed, **sampling), problems, model, config)
         right = (grades.rewards == 1).tolist()
         spans = [slice(i, i + samples) for i in range(0, len(right), samples)]  # the samples of each problem
-        groups = [(grades.answers[span], right[span]) for span in spans]
-        for k in powers_of_two(samples):
-            result[f"maj@{k}"] = sum(majority_is_right(a[:k], r[:k]) for a, r in groups) / len(groups)
-            result[f"pass@{k}"] = sum(pass_at_k(samples, sum(r), k) for _, r in groups) / len(groups)
+        of_problem = [(grades.answers[span], right[span]) for span in spans]
+        for k in sorted({2**i for i in range(samples.bit_length())} | {samples}):  # 1, 2, 4, ... and all
+            result[f"maj@{k}"] = sum(majority_is_right(a[:k], r[:k]) for a, r in of_problem) / len(of_problem)
+            result[f"pass@{k}"] = sum(pass_at_k(samples, sum(r), k) for _, r in of_problem) / len(of_problem)
     return result
-
-
-def powers_of_two(samples: int) -> list[int]:
-    """1, 2, 4, ... up to `samples`, and `samples` itself."""
-    return sorted({2**i for i in range(samples.bit_length())} | {samples}) if samples else []
 
 
 def majority_is_right(answers: list[str | None], right: list[bool]) -> bool:
@@ -149,151 +120,162 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def wilson(successes: int, trials: int) -> tuple[float, float]:
     """95% interval of a share (Wilson 1927): it stays inside [0, 1] and is right near its ends."""
     z, p = 1.96, successes / trials
-    centre = p + z * z / (2 * trials)
-    spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    centre, spread = p + z * z / (2 * trials), z * math.sqrt(p * (1 - p) / trials + (z / trials) ** 2 / 4)
     return max(0.0, (centre - spread) / (1 + z * z / trials)), min(1.0, (centre + spread) / (1 + z * z / trials))
 
 
-def report(result: dict, seconds: float) -> str:
-    """The line that a training stage ends with."""
-    low, high = result["greedy_interval"]
-    return (
-        f"greedy accuracy on {result['problems']} test problems: {result['greedy_accuracy']:.3f} "
-        f"(95% interval {low:.3f}-{high:.3f}); trained for {seconds:.0f} s"
-    )
+def keep_correct(model: Decoder, config: Config) -> dict[str, int]:
+    """Offline self-training (ReFT, section 4.2): right completions of the training problems, rows in ReFT's schema.
+
+    Equal completions of a problem are kept once. The file is put in place when it is whole. Returns the counts.
+    """
+    problems = load_problems(config.task, "train", config.data, config.limit, config.engine)
+    prompts, sampling = encode_prompts(problems, model, config, config.max_new_tokens), config.sampling(model)
+    seeds, size = prompt_seeds(config.seed, len(problems)), max(1, config.max_rows // config.samples)
+    file, counts = Path(config.keep_correct), Counter()
+    new = make_folder(file.parent) / f".{file.name}.{rank()}"  # each process writes all of it, the first one's is kept
+    with new.open("w", encoding="utf-8") as lines:
+        for first in tqdm(range(0, len(problems), size), "keep correct", unit="batch", disable=rank() > 0):
+            part = slice(first, first + size)
+            rollout = sample(model, prompts[part], num_samples=config.samples, seed=seeds[part], **sampling)
+            grades = grade(rollout, problems[part], model, config)
+            right = [n for n, outcome in enumerate(grades.outcomes) if outcome == "right"]
+            kept = dict.fromkeys((first + n // config.samples, grades.texts[n]) for n in right)
+            for i, text in kept:
+                row = {"item_id": f"{config.task}_{i}", "question": problems[i].question, "answer_cot": text}
+                lines.write(json.dumps(row | {"answer_value": problems[i].answer}) + "\n")
+            counts.update(sampled=len(grades.texts), right=len(right), kept=len(kept))
+    os.replace(new, file) if rank() == 0 else new.unlink()
+    print(f"{file}: {counts['right']} of {counts['sampled']} completions are right, {counts['kept']} of them different")
+    return dict(counts)
+
+
+# ---- groups of runs -------------------------------------------------------------------------------------------------
+
+NOT_A_SETTING = {"seed", "out", "model", "resume", "device", "save_every", "eval_every", "micro_batch", "max_rows"}
 
 
 def read_metrics(run: str | Path) -> list[dict]:
     """The records of a run's metrics.jsonl; none where there is no such file."""
     file = Path(run) / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    with named_in_errors(file):
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-# ---- groups of runs -------------------------------------------------------------------------------------------------
-
-TARGET = 0.9  # the greedy accuracy whose time is taken
-NOT_A_SETTING = {"seed", "out", "model", "resume", "device", "save_every", "eval_every", "micro_batch", "max_rows"}
-
-
-def settings(run: str | Path) -> dict:
+def settings(run: str | Path) -> dict[str, str]:
     """The flags in run.json and, as "warm-up ...", those of the run that it started from."""
     file = Path(run) / "run.json"
     flags = read_json(file) if file.exists() else {}
     before = Path(flags.get("model") or "") / "run.json"
     warm_up = read_json(before) if flags.get("model") and before.exists() else {}
-    return flags | {f"warm-up {name}": value for name, value in warm_up.items() if name not in NOT_A_SETTING}
+    flags |= {f"warm-up {name}": value for name, value in warm_up.items() if name not in NOT_A_SETTING}
+    return {name: str(value) for name, value in flags.items() if name not in NOT_A_SETTING}
 
 
-def group_runs(runs: tuple[str, ...], results: list[dict]) -> list[dict]:
-    """Runs that differ in nothing but their seed make one group: its settings that other groups do not share, and what
-    its runs reached, a list each.
-
-    seconds_to_target: seconds of training, evaluations left out, until a greedy evaluation reached TARGET; None: never.
-    """
+def compare_groups(out: Path, runs: tuple[str, ...], results: list[dict]):
+    """Runs that differ in nothing but their seed make one group; where there are some: a table, study.json, study.png."""
     flags = [settings(run) for run in runs]
-    names = sorted({name for one in flags for name in one} - NOT_A_SETTING)
-    varied = [name for name in names if len({repr(one.get(name)) for one in flags}) > 1]
-    groups: dict[str, dict] = {}
+    varied = sorted({name for one in flags for name in one if len({other.get(name) for other in flags}) > 1})
+    groups: dict[tuple[str, ...], dict[str, list]] = {}  # setting -> number -> its value in each run
+    figure, (panel,) = new_figure(1, 9.0, 4.0)
     for run, one, result in zip(runs, flags, results, strict=True):
-        setting = {name: one.get(name) for name in varied}
-        group = groups.setdefault(repr(setting), {"setting": setting, "runs": [], "curves": []})
-        records = read_metrics(run)
-        curve = [(r["seconds"], r["greedy_accuracy"]) for r in records if r.get("greedy_accuracy") is not None]
-        reached = {kind: value for kind, value in result.items() if kind == "greedy_accuracy" or "@" in kind}
-        reached["seconds_to_target"] = next((seconds for seconds, accuracy in curve if accuracy >= TARGET), None)
-        reached["seconds"] = records[-1]["seconds"] if records else None
-        for name in ("kl_behav", "ess_tokens"):
-            values = [record[name] for record in records if record.get(name) is not None]
-            reached[name] = sum(values) / len(values) if values else None
-        for name, value in reached.items():
-            group.setdefault(name, []).append(value)
-        group["runs"].append(str(run))
-        group["curves"].append(curve)
-    return sorted(groups.values(), key=lambda group: [str(value) for value in group["setting"].values()])
-
-
-def mean_and_sd(values: list[float | None], digits: int = 3) -> str:
-    """Mean and standard deviation of what was reached, and by how many of the runs where some did not."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    text = f"{statistics.mean(known):.{digits}f}"
-    text += f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
-    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
-
-
-def print_groups(groups: list[dict]):
-    """One row a group: what distinguishes it, and mean ± standard deviation over its runs."""
-    varied = list(groups[0]["setting"])
-    columns = {"greedy_accuracy": ("greedy accuracy", 3)}
-    columns |= {name: (name, 3) for name in groups[0] if "maj@" in name}
-    columns |= {"seconds_to_target": (f"seconds to {TARGET:g}", 1), "seconds": ("seconds", 1)}
-    columns |= {"kl_behav": ("KL/token", 4), "ess_tokens": ("token ESS", 2)}
-    rows = []
-    for group in groups:
-        cells = ["-" if value is None else value for value in group["setting"].values()]
-        cells += [mean_and_sd(group[name], digits) for name, (_, digits) in columns.items()]
-        rows.append([*cells, len(group["runs"])])
-    print_table([*(name.replace("_", " ") for name in varied), *(title for title, _ in columns.values()), "runs"], rows)
-
-
-def draw_groups(out: Path, groups: list[dict]):
-    """study.png: greedy accuracy over the seconds of training, one line a group; its runs are averaged point by point."""
-    figure, (panel,) = new_figure(1, width=9.0)
-    figure.set_figheight(max(4.0, 0.25 * len(groups)))  # the legend has a line a group
-    for group in groups:
-        curves = [curve for curve in group["curves"] if curve]
-        if curves:
-            points = [[statistics.mean(axis) for axis in zip(*at, strict=True)] for at in zip(*curves, strict=False)]
-            panel.plot(*zip(*points, strict=True), ".-", label=", ".join(map(str, group["setting"].values())))
+        setting, records = tuple(one.get(name, "-") for name in varied), read_metrics(run)
+        numbers = {name: value for name, value in result.items() if name == "greedy_accuracy" or "@" in name}
+        numbers |= {"seconds": records[-1]["seconds"] if records else None}
+        kl = [record["kl_behav"] for record in records if record.get("kl_behav") is not None]
+        numbers |= {"kl_behav": statistics.mean(kl) if kl else None}
+        points = [(r["seconds"], r["greedy_accuracy"]) for r in records if "greedy_accuracy" in r]
+        colour = f"C{[*groups, setting].index(setting)}"  # a line a run, a colour a group
+        label = None if setting in groups else ", ".join(setting)
+        panel.plot(*np.reshape(points, (-1, 2)).T, ".-", color=colour, label=label)
+        for name, value in numbers.items():
+            groups.setdefault(setting, {}).setdefault(name, []).append(value)
+    if not 1 < len(groups) < len(runs):
+        return
+    rows = [dict(zip(varied, setting, strict=True)) | numbers for setting, numbers in sorted(groups.items())]
+    print_table(rows)
+    write_json(out / "study.json", rows)
     panel.set(xlabel="seconds of training", ylabel="greedy accuracy", ylim=(None, 1.02))
-    panel.grid(alpha=0.3)
-    panel.legend(title=", ".join(groups[0]["setting"]).replace("_", " "), loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(out / "study.png", dpi=120)
-    print(f"figure: {out / 'study.png'}")
+    panel.legend(title=", ".join(varied).replace("_", " "), loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, out / "study.png")
+
+
+def print_table(rows: list[dict]):
+    """Rows under the keys of the first one; of a list, mean ± standard deviation (of how many: None does not count)."""
+
+    def cell(value) -> str:
+        if isinstance(value, list):
+            known = [x for x in value if x is not None]
+            deviation = f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""
+            return f"{statistics.mean(known):.3f}{deviation} ({len(known)})" if known else "-"
+        if isinstance(value, tuple):
+            return "-".join(map(cell, value))
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    table = [[name.replace("_", " ") for name in rows[0]], *([cell(row[name]) for name in rows[0]] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def make_folder(name: str | Path) -> Path:
+    """A folder to write to, made and tried out before any work goes into what it is to hold: a file moves over another."""
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=name) as folder:
+            for _ in range(2):  # the second one takes the place of the first
+                write_json(Path(folder) / "probe.json", {})
+    except OSError as error:
+        raise InputError(f"{name}: cannot be written ({error.strerror}); name another folder") from error
+    return Path(name)
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+def new_figure(panels: int, width: float = 4.0, height: float = 2.6):
+    """Panels in rows of three, drawn into a file; needs no screen."""
+    from matplotlib.figure import Figure  # half a second that a run without a figure does not pay
+
+    columns, rows = min(panels, 3), -(-panels // 3)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, 1 + i) for i in range(panels)]
+
+
+def save(figure, file: Path):
+    """Write a figure and say where it is."""
+    figure.savefig(file, dpi=110)
+    print(f"figure: {file}")
 
 
 def draw_curves(run: Path, keys: tuple[str, ...]):
     """curves.png of a training run: one panel a metric over the steps."""
     records = read_metrics(run)
-    keys = tuple(key for key in keys if any(key in record for record in records))
+    keys = [key for key in keys if any(record.get(key) is not None for record in records)]
     figure, panels = new_figure(len(keys))
-    for panel in panels[len(keys) :]:
-        panel.set_visible(False)
-    for panel, key in zip(panels, keys, strict=False):
-        points = [(record["step"], record[key]) for record in records if key in record]
+    for panel, key in zip(panels, keys, strict=True):
+        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
         panel.plot(*zip(*points, strict=True), marker="." if len(points) < 100 else "")
         panel.set(xlabel="step", title=key.replace("_", " "))
-        panel.grid(alpha=0.3)
-    figure.savefig(run / "curves.png", dpi=110)
+    save(figure, run / "curves.png")
 
 
 def draw_results(out: Path, config: Config, results: list[dict]):
     """evaluation.png: greedy accuracy with its interval beside maj@k and pass@k of every run."""
     figure, (panel,) = new_figure(1, width=max(6.0, 1.6 * len(results) + 2))
-    kinds = ["greedy", *(f"{kind}@{config.samples}" for kind in ("maj", "pass") if config.samples)]
+    kinds = ["greedy_accuracy", *(f"{kind}@{config.samples}" for kind in ("maj", "pass") if config.samples)]
+    low, high = np.array([result["greedy_interval"] for result in results]).T
     for j, kind in enumerate(kinds):
-        heights = [result["greedy_accuracy"] if kind == "greedy" else result[kind] for result in results]
-        centres = [i + 0.8 / len(kinds) * (j - (len(kinds) - 1) / 2) for i in range(len(results))]
-        panel.bar(centres, heights, 0.75 / len(kinds), label=kind)
-        if kind == "greedy":
-            bounds = [result["greedy_interval"] for result in results]
-            errors = [[h - low for h, (low, _) in zip(heights, bounds, strict=True)]]
-            errors += [[high - h for h, (_, high) in zip(heights, bounds, strict=True)]]
-            panel.errorbar(centres, heights, errors, fmt="none", ecolor="black", capsize=3)
+        heights, width = np.array([result[kind] for result in results]), 1 / (len(kinds) + 1)
+        errors = (heights - low, high - heights) if kind == "greedy_accuracy" else None
+        panel.bar(np.arange(len(results)) + j * width, heights, width, yerr=errors, label=kind)
     panel.set_xticks(range(len(results)), config.runs)
     panel.set(ylim=(0, 1.02), ylabel="accuracy", title=", ".join(sorted({result["task"] for result in results})))
     panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(out / "evaluation.png", dpi=120)
-    print(f"figure: {out / 'evaluation.png'}")
-
-
-def make_parser() -> HfArgumentParser:
-    """The flags and, in front of them, the runs."""
-    parser = HfArgumentParser(Flags, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", help="directories or hub ids of checkpoints")
-    return parser
+    save(figure, out / "evaluation.png")
 
 
 if __name__ == "__main__":
-    run_script(main, Config, make_parser())
+    parser = HfArgumentParser(Flags, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", help="directories or hub ids of checkpoints")
+    run_script(main, Config, parser)

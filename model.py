@@ -13,25 +13,25 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.utils import cached_file
 
 from reward import InputError
 
-ARCHITECTURES = {  # model_type -> the transformers class that opens what we save
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "opt": "OPTForCausalLM",
-}
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "opt")  # model_type in config.json
 OPT_OFFSET = 2  # OPT keeps two unused rows at the start of its position table
 ACTIVATIONS = {
     "silu": F.silu,
@@ -74,7 +74,8 @@ def read_config(hf: PreTrainedConfig) -> ModelConfig:
     def refuse(feature: str):
         raise InputError(f"{hf.model_type} config: {feature} is not supported by model.py; use a checkpoint without it")
 
-    check_architecture(hf.model_type)
+    if hf.model_type not in ARCHITECTURES:
+        raise InputError(f"unknown architecture {hf.model_type!r}; supported model types: {', '.join(ARCHITECTURES)}")
     if getattr(hf, "quantization_config", None):
         refuse("quantization_config")
     shared = {
@@ -140,12 +141,6 @@ def read_config(hf: PreTrainedConfig) -> ModelConfig:
     return config
 
 
-def check_architecture(model_type: str | None):
-    """InputError for a model type that this decoder does not know."""
-    if model_type not in ARCHITECTURES:
-        raise InputError(f"unknown architecture {model_type!r}; supported model types: {', '.join(ARCHITECTURES)}")
-
-
 def make_norm(config: ModelConfig, size: int) -> nn.Module:
     """RMSNorm or LayerNorm over the last `size` features."""
     if config.norm == "rms":
@@ -173,54 +168,6 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-AVX512 = ONE_DNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear. On a CPU with AVX-512 large fp32 products go to oneDNN: F.linear calls MKL, half as fast on AMD's."""
-    small = x.numel() * len(weight) < 2**19
-    if not AVX512 or small or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight, bias)
-    return OneDnnLinear.apply(x, weight, bias) if torch.is_grad_enabled() else one_dnn_linear(x, weight, bias)
-
-
-def one_dnn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, (..., in) -> (..., out); the operator that torch.compile uses, which has no gradient of its own."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-class OneDnnLinear(torch.autograd.Function):
-    """one_dnn_linear with its gradient."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return one_dnn_linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        rows, needs = grad.flatten(0, -2), ctx.needs_input_grad  # (rows, out)
-        return (
-            one_dnn_linear(grad, weight.t()) if needs[0] else None,
-            one_dnn_linear(rows.t(), x.flatten(0, -2).t()) if needs[1] else None,
-            rows.sum(0) if needs[2] else None,
-        )
-
-
-class Linear(nn.Linear):
-    """nn.Linear through `linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-def spread(x: Tensor, real: Tensor, N: int, T: int) -> Tensor:
-    """(tokens, d) without padding -> (N, T, d) with zeros as padding; real: (tokens,) places in N * T."""
-    return x.new_zeros(N * T, x.shape[-1]).index_copy(0, real, x).view(N, T, -1)
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention with one fused projection for q, k and v."""
 
@@ -228,23 +175,20 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.head_dim = config.head_dim
-        self.qkv = Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
-        self.out = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
+        self.qkv = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
+        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
         self.qk_norm = config.qk_norm
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope=None, cache=None, positions=None, visible=None, places=None) -> Tensor:
+    def forward(self, x: Tensor, rope=None, cache=None, positions=None, visible=None) -> Tensor:
         """x: (N, T, d) -> (N, T, d). cache: (2, N, kv_heads, columns, head_dim).
 
-        visible: (N, 1, T, columns) bool; for T = 1 what is added to the scores, (N * kv_heads, 1, columns); None: causal,
-        over these T tokens only. places: x and the result are (tokens, d), without padding; see `Decoder.forward`.
+        visible: what is added to the scores of one new token a row, (N * kv_heads, 1, columns): 0 or -inf. None: causal
+        over these T tokens.
         """
-        qkv, (H, G, _) = self.qkv(x), self.heads
-        if places is not None:
-            qkv = spread(qkv, *places)  # attention is the one place where tokens meet: it wants rows
-        N, T, _ = qkv.shape
-        qkv = qkv.view(N, T, sum(self.heads), self.head_dim)
+        (N, T, _), (H, G, _) = x.shape, self.heads
+        qkv = self.qkv(x).view(N, T, sum(self.heads), self.head_dim)
         qk, v = qkv.split((H + G, G), dim=2)  # (N, T, heads, head_dim)
         if self.qk_norm:  # in the precision of its weights, under autocast too
             pairs = zip((self.q_norm, self.k_norm), qk.split((H, G), dim=2), strict=True)
@@ -261,15 +205,11 @@ class Attention(nn.Module):
             rows = torch.arange(N, device=x.device)[:, None]
             cache[0][rows, :, positions] = k.to(cache.dtype)
             cache[1][rows, :, positions] = v.to(cache.dtype)
-            k, v = cache
-            if T > 1:
-                y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=visible, enable_gqa=H != G)
-            else:  # the queries that share a kv head in one product; on a CPU half the time of the call above
-                q, k, v = q.reshape(N * G, H // G, self.head_dim).to(k.dtype), k.flatten(0, 1), v.flatten(0, 1)
-                scores = torch.baddbmm(visible, q, k.mT, alpha=self.head_dim**-0.5)  # (N * kv_heads, queries, columns)
-                y = torch.bmm(scores.softmax(-1), v).view(N, H, 1, self.head_dim)
-        y = y.transpose(1, 2).reshape(N, T, H * self.head_dim)
-        return self.out(y if places is None else y.flatten(0, 1).index_select(0, places[0]))
+            # the queries that share a kv head in one product; on a CPU half the time of the call above
+            q, (k, v) = q.reshape(N * G, H // G, self.head_dim).to(cache.dtype), cache.flatten(1, 2)
+            scores = torch.baddbmm(visible, q, k.mT, alpha=self.head_dim**-0.5)  # (N * kv_heads, queries, columns)
+            y = torch.bmm(scores.softmax(-1), v).view(N, H, 1, self.head_dim)
+        return self.out(y.transpose(1, 2).reshape(N, T, H * self.head_dim))
 
 
 class MLP(nn.Module):
@@ -279,8 +219,8 @@ class MLP(nn.Module):
         super().__init__()
         self.gated = config.gated_mlp
         self.activation = ACTIVATIONS[config.activation]
-        self.up = Linear(config.hidden_size, config.mlp_size * (2 if self.gated else 1), bias=config.mlp_bias)
-        self.down = Linear(config.mlp_size, config.hidden_size, bias=config.mlp_bias)
+        self.up = nn.Linear(config.hidden_size, config.mlp_size * (2 if self.gated else 1), bias=config.mlp_bias)
+        self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, T, d) -> (N, T, d)."""
@@ -309,7 +249,7 @@ class Layer(nn.Module):
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer in the precision of its weights, autocast or not, its result in at least fp32."""
     with torch.autocast(hidden.device.type, enabled=False):
-        out = linear(hidden.to(weight.dtype), weight, bias)
+        out = F.linear(hidden.to(weight.dtype), weight, bias)
     return out if out.dtype == torch.float64 else out.float()
 
 
@@ -321,7 +261,8 @@ class Decoder(nn.Module):
         self.hf_config = hf_config
         self.autocast = False  # True: layers compute in bf16 while the weights stay fp32
         self.gradient_checkpointing = False  # True: layers run again in backward, which then keeps one input a layer
-        self.generation_config: dict | None = None  # what generation_config.json says, carried along when saving
+        self.files = {}  # name -> content of the files that `save_pretrained` copies: tokenizer, generation_config.json
+        self.tokenizer, self.eos_ids = None, []  # filled in by `load`
         self.config = config = read_config(hf_config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.rope is None:
@@ -345,31 +286,24 @@ class Decoder(nn.Module):
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
                 parameter.normal_(0, self.config.init_std / (2 * len(self.layers)) ** (0.5 if residual else 0))
 
-    def forward(
-        self, tokens: Tensor, skip: Tensor | None = None, cache=None, positions=None, lengths: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, skip: Tensor | None = None, cache=None, positions=None) -> Tensor:
         """Hidden states after the final norm, (N, T, d), of tokens (N, T) int64.
 
         skip: (num_layers,) bool, True = this layer is left out: the nested model mu of eq. (2). None: the full model.
-        Without cache: column t is position t, each token sees itself and what stands before it. Padding on the right
-        needs no mask, since nothing to its left can see it.
-        With cache (see `new_cache`): token (i, t) sits at column positions[i, t] of row i; its key and value are written
-        there and it sees columns 0..positions[i, t]. positions: (N, T) int64; None: columns 0..T-1, a new prompt. The
+        Without positions: column t is position t, each token sees itself and what stands before it. Padding on the right
+        needs no mask, since nothing to its left can see it. Keys and values go into the cache (see `new_cache`), if any.
+        With positions, (N, 1) int64: one new token a row, at that column of the cache; it sees columns 0..positions. The
         caller owns the position; no layer decides it. Slice the cache to the live columns to pay for no others.
-        lengths: (N,), without cache: no work but that of attention goes into padding, whose hidden states are 0.
         """
-        visible = places = None
-        N = len(tokens)
+        N, visible = len(tokens), None
         if N == 0:  # a process whose share is empty takes part in the pass all the same, with a row that counts nowhere
-            tokens, lengths = tokens.new_zeros(1, tokens.shape[1]), None
+            tokens = tokens.new_zeros(1, tokens.shape[1])
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         else:
-            columns = torch.arange(cache.shape[4], device=tokens.device)
-            visible = columns <= positions[:, None, :, None]  # (N, 1, T, columns)
-            if tokens.shape[1] == 1:  # added to the scores of every kv head: 0 or -inf
-                visible = torch.zeros_like(visible, dtype=cache.dtype).masked_fill_(~visible, -torch.inf)
-                visible = visible.expand(-1, cache.shape[3], -1, -1).flatten(0, 1)  # (N * kv_heads, 1, columns)
+            hidden = torch.arange(cache.shape[4], device=tokens.device) > positions[:, None]  # (N, 1, columns)
+            visible = torch.zeros_like(hidden, dtype=cache.dtype).masked_fill_(hidden, -torch.inf)
+            visible = visible.repeat_interleave(cache.shape[3], 0)  # (N * kv_heads, 1, columns)
         x, rope = self.embed(tokens), None  # (N, T, d)
         if self.config.rope is None:
             x = x + self.embed_positions(positions + OPT_OFFSET)
@@ -378,17 +312,13 @@ class Decoder(nn.Module):
             angle = positions[:, :, None, None] * self.inv_freq  # (N or 1, T, 1, head_dim / 2)
             cos, sin = angle.cos(), angle.sin()
             rope = torch.cat([cos, cos], -1).to(x.dtype), torch.cat([-sin, sin], -1).to(x.dtype)
-        if lengths is not None:
-            real = (positions < lengths[:, None]).flatten().nonzero()[:, 0]  # (tokens,) places in N * T
-            x, places = x.flatten(0, 1).index_select(0, real), (real, *tokens.shape)  # (tokens, d)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             for i, layer in enumerate(self.kept_layers(skip)):
                 if self.gradient_checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(layer, x, rope, None, None, None, places, use_reentrant=False)
+                    x = checkpoint(layer, x, rope, use_reentrant=False)
                 else:
-                    x = layer(x, rope, None if cache is None else cache[i], positions, visible, places)
-        hidden = self.norm(x)
-        return (hidden if places is None else spread(hidden, *places))[:N]
+                    x = layer(x, rope, None if cache is None else cache[i], positions, visible)
+        return self.norm(x)[:N]
 
     def kept_layers(self, skip: Tensor | None) -> list[Layer]:
         """The layers that run. `skip` is read once: a test per layer on a tensor is one GPU synchronisation per layer."""
@@ -413,185 +343,122 @@ class Decoder(nn.Module):
     @classmethod
     def from_pretrained(cls, source: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> "Decoder":
         """Read a Hugging Face directory or hub id; `value_head.pt` too where there is one, else V_phi = 0."""
-        folder = find_checkpoint(source)
-        raw = read_json(folder / "config.json")
-        check_architecture(raw.get("model_type"))
-        with named_in_errors(folder / "config.json"):
-            hf_config = AutoConfig.from_pretrained(folder)
-        hf_config.eos_token_id = raw.get("eos_token_id")  # transformers fills in a default
+        with named_in_errors(source):
+            hf_config = AutoConfig.from_pretrained(source)
+            config = read_config(hf_config)  # refused before the weights are read
+            # transformers fills in a default where config.json has no such id
+            hf_config.eos_token_id = PreTrainedConfig.get_config_dict(source)[0].get("eos_token_id")
+            hf, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+            found = {name: cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in COPIED}
+            head = cached_file(source, "value_head.pt", _raise_exceptions_for_missing_entries=False)
+        if wrong := {kind: sorted(map(str, names)) for kind, names in report.items() if names}:
+            raise InputError(f"{source}: the weights do not belong to config.json: {str(wrong)[:200]}")
         with torch.device("meta"):  # no memory and no random numbers for weights that are about to be read
             decoder = cls(hf_config).to(dtype)
         decoder.to_empty(device=device)
-        if (folder / "generation_config.json").exists():
-            decoder.generation_config = read_json(folder / "generation_config.json")
-        read_weights(folder, hf_views(decoder))
-        value_head = {name: torch.zeros(p.shape) for name, p in decoder.value_head.named_parameters()}
-        with named_in_errors(folder / "value_head.pt"):
-            if (folder / "value_head.pt").exists():
-                value_head = torch.load(folder / "value_head.pt", map_location="cpu", weights_only=True)
-            decoder.value_head.load_state_dict(value_head)
+        decoder.files = {name: Path(file).read_bytes() for name, file in found.items() if file}
+        theirs = hf.state_dict()
+        for name, view in hf_views(config, decoder.state_dict()).items():
+            view.copy_(theirs[name])
+        if config.tied_head and not torch.equal(theirs["lm_head.weight"], hf.get_input_embeddings().weight):
+            raise InputError(f"{source}: tie_word_embeddings is true in config.json, but lm_head.weight differs")
+        zeros = {name: torch.zeros(p.shape) for name, p in decoder.value_head.named_parameters()}
+        with named_in_errors(head):
+            decoder.value_head.load_state_dict(torch.load(head, weights_only=True) if head else zeros)
+        if not all(p.isfinite().all() for p in decoder.parameters()):
+            raise InputError(f"{source}: a weight is nan or infinite; take an earlier checkpoint")
         return decoder
 
-    def save_pretrained(self, folder: str | Path):
-        """Write config.json, generation_config.json, model.safetensors and value_head.pt: AutoModelForCausalLM opens it."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_weights(folder)
-        config = self.hf_config.to_dict()
-        config["architectures"] = [ARCHITECTURES[self.hf_config.model_type]]
-        config["dtype"] = config["torch_dtype"] = str(self.embed.weight.dtype).removeprefix("torch.")
-        if self.config.rope is not None:  # transformers 5 writes rope_parameters only; older readers look for these
-            config["rope_theta"] = self.config.rope["rope_theta"]
-            config["rope_scaling"] = None if self.config.rope["rope_type"] == "default" else self.config.rope
-        write_json(folder / "config.json", config)
-        if self.generation_config is not None:
-            write_json(folder / "generation_config.json", self.generation_config)
-        weights = {name: view.detach().cpu() for name, view in hf_views(self).items()}
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        (folder / "model.safetensors").chmod(
-            (folder / "config.json").stat().st_mode
-        )  # safetensors lets only its owner read
+    def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None):
+        """A folder that AutoModelForCausalLM opens, and value_head.pt. weights: ours, where they are not in this process."""
+        weights = self.state_dict() if weights is None else weights
+        with torch.device("meta"):
+            hf = AutoModelForCausalLM.from_config(self.hf_config, dtype=self.embed.weight.dtype)
+        views = hf_views(self.config, weights)
+        hf.save_pretrained(folder, state_dict={name: view.detach().cpu().contiguous() for name, view in views.items()})
+        if rope := self.config.rope:  # transformers 5 writes rope_parameters only; older readers look for these
+            old = {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else rope}
+            write_json(Path(folder) / "config.json", read_json(Path(folder) / "config.json") | old)
+        for name, content in self.files.items():  # as they came: written anew, older readers could not open them
+            (Path(folder) / name).write_bytes(content)
+        head = {name: weights[f"value_head.{name}"].clone() for name in ("weight", "bias")}
         # not .safetensors: inference servers load every such file of a folder
-        torch.save(self.value_head.state_dict(), folder / "value_head.pt")
+        torch.save(head, Path(folder) / "value_head.pt")
 
 
-def remove_weights(folder: Path):
-    """Delete an older checkpoint's weights: a shard or an index that stayed would be read in place of the new ones."""
-    for pattern in ("generation_config.json", "*.index.json", "model*.safetensors", "pytorch_model*.bin"):
-        for stale in folder.glob(pattern):
-            stale.unlink()
+COPIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+NAMES = {  # ours: theirs in Llama, Qwen2 and Qwen3; theirs in OPT. Several: the parts of a fused weight, in this order
+    "embed": ("model.embed_tokens", "model.decoder.embed_tokens"),
+    "embed_positions": ("", "model.decoder.embed_positions"),
+    "layers": ("model.layers", "model.decoder.layers"),
+    "attention_norm": ("input_layernorm", "self_attn_layer_norm"),
+    "attention.qkv": ("self_attn.q_proj self_attn.k_proj self_attn.v_proj",) * 2,
+    "attention.q_norm": ("self_attn.q_norm", ""),
+    "attention.k_norm": ("self_attn.k_norm", ""),
+    "attention.out": ("self_attn.o_proj", "self_attn.out_proj"),
+    "mlp_norm": ("post_attention_layernorm", "final_layer_norm"),
+    "mlp.up": ("mlp.gate_proj mlp.up_proj", "fc1"),
+    "mlp.down": ("mlp.down_proj", "fc2"),
+    "norm": ("model.norm", "model.decoder.final_layer_norm"),
+    "head": ("lm_head", "lm_head"),
+}
 
 
-def hf_views(decoder: Decoder) -> dict[str, Tensor]:
-    """Every weight under its Hugging Face name, as a view into ours: reading writes into them, saving reads from them."""
-    config, opt = decoder.config, decoder.config.rope is None
-    root = "model.decoder." if opt else "model."
-    views = {}
-
-    def add(name: str, module: nn.Module):
-        for kind, parameter in module.named_parameters():  # weight, bias
-            views[f"{name}.{kind}"] = parameter.data
-
-    def add_fused(prefix: str, names: tuple[str, ...], heights: tuple[int, ...], module: nn.Module):
-        for kind, parameter in module.named_parameters():
-            for name, rows in zip(names, parameter.data.split(heights), strict=True):
-                views[f"{prefix}{name}.{kind}"] = rows
-
-    add(f"{root}embed_tokens", decoder.embed)
-    if opt:
-        add(f"{root}embed_positions", decoder.embed_positions)
-    heights = tuple(heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads))
-    for i, layer in enumerate(decoder.layers):
-        prefix = f"{root}layers.{i}."
-        add_fused(f"{prefix}self_attn.", ("q_proj", "k_proj", "v_proj"), heights, layer.attention.qkv)
-        add(f"{prefix}self_attn.{'out_proj' if opt else 'o_proj'}", layer.attention.out)
-        add(f"{prefix}self_attn.q_norm", layer.attention.q_norm)
-        add(f"{prefix}self_attn.k_norm", layer.attention.k_norm)
-        add(f"{prefix}{'self_attn_layer_norm' if opt else 'input_layernorm'}", layer.attention_norm)
-        add(f"{prefix}{'final_layer_norm' if opt else 'post_attention_layernorm'}", layer.mlp_norm)
-        if opt:
-            add(f"{prefix}fc1", layer.mlp.up)
-            add(f"{prefix}fc2", layer.mlp.down)
-        else:
-            add_fused(f"{prefix}mlp.", ("gate_proj", "up_proj"), (config.mlp_size, config.mlp_size), layer.mlp.up)
-            add(f"{prefix}mlp.down_proj", layer.mlp.down)
-    add(f"{root}{'final_layer_norm' if opt else 'norm'}", decoder.norm)
-    if not config.tied_head:
-        add("lm_head", decoder.head)
+def hf_views(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights under their Hugging Face names, as views: reading writes into them, saving reads from them."""
+    opt, views = config.rope is None, {}
+    rows = {
+        "attention.qkv": [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+    }
+    rows["mlp.up"] = [config.mlp_size] * (2 if config.gated_mlp else 1)
+    for name, weight in weights.items():
+        module, kind = name.rsplit(".", 1)  # "layers.3.mlp.up", "weight"
+        prefix = ""
+        if module.startswith("layers."):
+            _, number, module = module.split(".", 2)
+            prefix = f"{NAMES['layers'][opt]}.{number}."
+        if module != "value_head" and not (module == "head" and config.tied_head):
+            for part, view in zip(NAMES[module][opt].split(), weight.split(rows.get(module, len(weight))), strict=True):
+                views[f"{prefix}{part}.{kind}"] = view
     return views
 
 
-def read_weights(folder: Path, views: dict[str, Tensor]):
-    """Copy a checkpoint (one file or sharded, safetensors or .bin) into `views`; InputError names what does not fit."""
-    missing, tied_head = set(views), None
-    for file in weight_files(folder):
-        with named_in_errors(file):
-            tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-        for name, tensor in tensors.items():
-            name = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"  # a headless checkpoint
-            if name not in views:
-                if name == "lm_head.weight":
-                    tied_head = tensor
-                elif not name.endswith("rotary_emb.inv_freq"):  # made from config.json
-                    raise InputError(
-                        f"{file}: tensor {name} has no place in this model; does config.json belong to it?"
-                    )
-                continue
-            if tensor.shape != views[name].shape:
-                raise InputError(f"{file}: {name} is {list(tensor.shape)}, config.json wants {list(views[name].shape)}")
-            if not tensor.isfinite().all():
-                raise InputError(f"{file}: {name} holds nan or infinity; take an earlier checkpoint")
-            views[name].copy_(tensor)
-            missing.discard(name)
-    if missing:
-        raise InputError(f"{folder}: {len(missing)} weights are missing, among them {min(missing)}")
-    if tied_head is not None:
-        embedding = next(view for name, view in views.items() if name.endswith("embed_tokens.weight"))
-        if not torch.equal(embedding, tied_head.to(embedding)):
-            raise InputError(f"{folder}: tie_word_embeddings is true in config.json, but lm_head.weight differs")
-
-
 @contextlib.contextmanager
-def named_in_errors(file: Path):
+def named_in_errors(file: str | Path):
     """Whatever a library says of a broken file becomes one line that names it."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{file}: cannot be read ({type(error).__name__}: {reason})") from error
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights of a checkpoint."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{single}.index.json"
-        if index.exists():
-            return [folder / shard for shard in sorted(set(read_json(index)["weight_map"].values()))]
-        if (folder / single).exists():
-            return [folder / single]
-    raise InputError(f"{folder}: no model.safetensors and no pytorch_model.bin, whole or sharded")
-
-
-def find_checkpoint(source: str | Path) -> Path:
-    """The local folder of a directory or hub id (downloaded once, then read from the cache)."""
-    folder = Path(source)
-    if folder.is_dir() or folder.is_file():
-        if not (folder / "config.json").exists():
-            raise InputError(f"{folder}: not a checkpoint (a folder with config.json)")
-        return folder
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "value_head.pt"]
-    try:
-        found = Path(snapshot_download(str(source), allow_patterns=patterns))
-        if not list(found.glob("*.safetensors")):
-            found = Path(snapshot_download(str(source), allow_patterns=[*patterns, "pytorch_model*.bin"]))
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"{source}: no such folder, and the hub did not answer ({reason}); name a local folder"
+            f"{file}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         ) from error
-    return found
 
 
-def load_tokenizer(source: str | Path, decoder: Decoder):
-    """The checkpoint's tokenizer and the ids that end a completion, from generation_config, then config, then tokenizer."""
-    folder = find_checkpoint(source)
-    with named_in_errors(folder / "tokenizer.json"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not tokenizer("0").input_ids:  # what transformers makes of a folder without tokenizer files
-        raise InputError(f"{source}: no tokenizer files")
+def load(source: str | Path, device: str | None, dtype: str | None) -> Decoder:
+    """A decoder with its tokenizer, and the ids that end a completion: of generation_config, config or tokenizer.
+
+    dtype: "float32", "float64", or "bfloat16": fp32 weights whose passes run in bf16 (the default on CUDA).
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    decoder = Decoder.from_pretrained(source, torch.float64 if dtype == "float64" else torch.float32, device)
+    decoder.autocast = dtype == "bfloat16"
+    with named_in_errors(source):
+        decoder.tokenizer = tokenizer = AutoTokenizer.from_pretrained(source)
     # added tokens may lie beyond the embedding (CodeLlama's <FILL_ME>): few texts hold one
-    if tokenizer.vocab_size > decoder.config.vocab_size:
-        raise InputError(
-            f"{source}: {tokenizer.vocab_size} tokens in the tokenizer, {decoder.config.vocab_size} in the embedding"
-        )
-    for ids in ((decoder.generation_config or {}).get("eos_token_id"), decoder.hf_config.eos_token_id):
+    if not 1 < tokenizer.vocab_size <= decoder.config.vocab_size:
+        raise InputError(f"{source}: {tokenizer.vocab_size} tokens, {decoder.config.vocab_size} rows in the embedding")
+    generation = json.loads(decoder.files.get("generation_config.json", b"{}"))
+    for ids in (generation.get("eos_token_id"), decoder.hf_config.eos_token_id, tokenizer.eos_token_id):
         if ids is not None:
-            return tokenizer, list(ids) if isinstance(ids, list) else [ids]
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{source}: no end-of-sequence token in generation_config.json, config.json or the tokenizer")
-    return tokenizer, [tokenizer.eos_token_id]
+            decoder.eos_ids = list(ids) if isinstance(ids, list) else [ids]
+            return decoder
+    raise InputError(f"{source}: no end-of-sequence token in generation_config.json, config.json or the tokenizer")
 
 
 def sample_skip(num_layers: int, skip_ratio: float, generator: torch.Generator | None = None) -> Tensor:
@@ -612,10 +479,8 @@ def sample_skip(num_layers: int, skip_ratio: float, generator: torch.Generator |
 
 def read_json(path: Path) -> dict:
     """A JSON file; InputError names the file where it is broken."""
-    try:
+    with named_in_errors(path):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
 
 
 def write_json(path: Path, value: dict):
@@ -623,17 +488,6 @@ def write_json(path: Path, value: dict):
     new = path.with_name(f".{path.name}.new")
     new.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(new, path)
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device of --device; by default CUDA where there is one, else the CPU."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from error
-    return torch.device(name)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -644,14 +498,78 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def load(source: str | Path, device: str | None, dtype: str | None) -> tuple[Decoder, object, list[int]]:
-    """A decoder with its tokenizer and EOS ids.
+# ---- several processes, started by torchrun: weights sharded with FSDP2, rows shared out; else all of it does nothing ---
 
-    dtype: "float32", "float64", or "bfloat16": fp32 weights whose passes run in bf16 (the default on CUDA).
-    """
-    device = pick_device(device)
-    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    decoder = Decoder.from_pretrained(source, torch.float64 if dtype == "float64" else torch.float32, device)
-    decoder.autocast = dtype == "bfloat16"
-    tokenizer, eos_ids = load_tokenizer(source, decoder)
-    return decoder, tokenizer, eos_ids
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Join the processes that torchrun started; the first one alone prints."""
+    if "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # torchrun ends all processes when one fails; the timeout must outlast a checkpoint, which one process writes
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if rank() == 0 else nowhere):
+        yield
+    dist.destroy_process_group()  # not after an error: it would wait for the others, and they for this process
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def total(x: Tensor | float) -> Tensor | float:
+    """The sum of x over all processes."""
+    if not dist.is_initialized():
+        return x
+    summed = x.clone() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
+    dist.all_reduce(summed)
+    return summed if isinstance(x, Tensor) else summed.item()
+
+
+def gather(x) -> list:
+    """x of every process, by rank; tensors must be on the CPU."""
+    if not dist.is_initialized():
+        return [x]
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, x)
+    return parts
+
+
+def shard(model: Decoder):
+    """FSDP2: every process keeps its part of the weights, gradients and moments; a layer is gathered while it runs."""
+    if not dist.is_initialized():
+        return
+    mesh = init_device_mesh(model.embed.weight.device.type, (world_size(),))
+    for module in (*model.layers, model):
+        # the weights of the outermost one stay after `forward`, since the head runs outside of it
+        fully_shard(module, mesh=mesh, reshard_after_forward=module is not model)
+        module.set_gradient_divide_factor(1.0)  # a sum: the loss has been divided by the tokens of all processes
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows neither averages nor factors
+
+
+@contextlib.contextmanager
+def gathered(model: Decoder) -> Iterator[None]:
+    """All weights on every process: passes in here wait for nobody, so that each process may make as many as it needs."""
+    blocks = (*model.layers, model) if isinstance(model, FSDPModule) else ()
+    for block in blocks:
+        block.unshard()
+        block.set_reshard_after_forward(False, recurse=False)
+    yield
+    for block in blocks:
+        block.reshard()
+        block.set_reshard_after_forward(block is not model, recurse=False)
+
+
+def whole(x: Tensor) -> Tensor:
+    """A sharded tensor in one piece; any other tensor as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x

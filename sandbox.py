@@ -40,7 +40,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
@@ -92,10 +91,10 @@ def run_programs(programs: list[str], unsafe: bool = False) -> list[str | None]:
 def score_programs(programs: list[str], golds: list[str], task: str, unsafe: bool = False) -> list[float]:
     """The reward of each program: 1.0 right, 0.1 another number, 0.0 no number."""
     pairs = zip(run_programs(programs, unsafe), golds, strict=True)
-    return [0.0 if answer is None else score_number(answer, gold, task) for answer, gold in pairs]
+    return [0.0 if answer is None else score_result(answer, gold, task) for answer, gold in pairs]
 
 
-def score_number(answer: str, gold: str, task: str, options: str | None = None) -> float:
+def score_result(answer: str, gold: str, task: str, options: str | None = None) -> float:
     """reward.score, but a program may also miss a whole gold by 1e-4 of it, with a result that is not whole.
 
     Programs compute with rounded numbers: ReFT's data have one that takes 0.6667 for 2/3 and gets 8.99955, where 9 is
@@ -135,7 +134,7 @@ def run_program(program: str, unsafe: bool) -> Outcome:
         way_out = "run on Linux with seccomp, or with --unsafe-exec let programs do to your files what they like"
         raise InputError(f"model-written programs cannot be held back here: {server.refusal}; {way_out}")
     reply = ask(server, struct.pack("<I", len(text)) + text, WALL_SECONDS + GRACE_SECONDS)
-    if reply and hasattr(os, "fork"):
+    if reply:
         idle.append(server)
     else:
         stop(server)
@@ -285,8 +284,7 @@ def serve(kind: str, seccomp: bytes, paths: list[str]) -> None:
     refusal = why_not(seccomp)
     os.write(1, (b"\0" + refusal.encode()).ljust(len(REPLY), b"\0")[: len(REPLY)])
     while len(header := read(0, 4)) == 4:
-        run = run_forked if hasattr(os, "fork") else run_here
-        run(*struct.unpack("<I", header), b"" if refusal else seccomp)
+        run_forked(*struct.unpack("<I", header), b"" if refusal else seccomp)
 
 
 def preload(kind: str) -> None:
@@ -388,28 +386,14 @@ def run_child(size: int, outside: int, seccomp: bytes) -> None:
         os._exit(code)
 
 
-def run_here(size: int, _: bytes) -> None:
-    """Where there is no fork (Windows, so unsafe): run one program in this process, and end with it."""
-    out, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
-    program = read(0, size).decode("utf-8", "surrogatepass")
-    os.dup2(null, 0), os.dup2(null, 1)
-    REPLY[0] = STATUSES.index("error")
-    try:
-        answer = call_solution(program).encode("ascii")
-        REPLY[:] = (b"\0" + answer).ljust(len(REPLY), b"\0")
-    finally:
-        os.write(out, REPLY)
-        os._exit(0)
-
-
 def call_solution(program: str) -> str:
     """Run a program, call its solution(), and write as text what that returns."""
     namespace = {"__name__": "program"}
     exec(compile(program, "<program>", "exec"), namespace)
-    return number_text(namespace["solution"]())
+    return result_text(namespace["solution"]())
 
 
-def number_text(value: object) -> str:
+def result_text(value: object) -> str:
     """An int, float, Fraction, Decimal, numpy or sympy number as text. Raises on anything else, and on a long text.
 
     Whole numbers and fractions are exact, others have 12 digits: 0.1 + 0.2 is 0.30000000000000004 in binary.
@@ -436,17 +420,5 @@ def number_text(value: object) -> str:
     return text
 
 
-def benchmark(count: int = 2000) -> None:
-    """Print how many programs run in a second."""
-    for name, line in {"plain": "", "sympy": "    import sympy\n"}.items():
-        programs = [f"def solution():\n{line}    total = {i}\n    return total * 2 + 1" for i in range(count)]
-        execute(programs[: 4 * CORES])  # starts the servers
-        start = time.perf_counter()
-        answers = run_programs(programs)
-        seconds = time.perf_counter() - start
-        assert answers == [str(i * 2 + 1) for i in range(count)]
-        print(f"{name:6} {count / seconds:7,.0f} programs/s on {CORES} cores")
-
-
 if __name__ == "__main__":
-    serve(sys.argv[1], bytes.fromhex(sys.argv[2]), sys.argv[3:]) if sys.argv[1:] else benchmark()
+    serve(sys.argv[1], bytes.fromhex(sys.argv[2]), sys.argv[3:])
