@@ -28,7 +28,7 @@ from rollout import SharedConfig, encode_prompts, flag, grade, prompt_seeds, run
 class Flags(SharedConfig):
     """Flags of evaluate.py."""
 
-    out: str = flag("runs", "folder of evaluation.png, and of study.json and study.png where runs make groups")
+    out: str = flag("runs", "folder of study.json and study.png, where runs make groups")
     task: Literal[TASKS] | None = flag(None, "default: the one that the run was trained on, else toy")
     engine: Literal["nl", "python"] | None = flag(None, "default: the one that the run was trained with, else nl")
     prompt_style: Literal["auto", "reft", "chat"] | None = flag(None, "default: as the run was trained, else auto")
@@ -53,7 +53,7 @@ class Config(Flags):
 
 
 def main(config: Config) -> list[dict]:
-    """Evaluate every run, write its evaluation.json, print one table, draw one figure."""
+    """Evaluate every run, write its evaluation.json, print one table; compare groups of runs."""
     if missing := [run for run in config.runs if Path(run).exists() and not (Path(run) / "config.json").exists()]:
         raise InputError(f"{missing[0]}: not a checkpoint (a folder with config.json)")
     out, results = make_folder(config.out), []
@@ -68,7 +68,6 @@ def main(config: Config) -> list[dict]:
             write_json(Path(run) / "evaluation.json", results[-1])
     if rank() == 0:
         print_table([{"run": run, **result} for run, result in zip(config.runs, results, strict=True)])
-        draw_results(out, config, results)
         compare_groups(out, config.runs, results)
     return results
 
@@ -258,21 +257,6 @@ def draw_curves(run: Path, keys: tuple[str, ...]):
         panel.plot(*zip(*points, strict=True), marker="." if len(points) < 100 else "")
         panel.set(xlabel="step", title=key.replace("_", " "))
     save(figure, run / "curves.png")
-
-
-def draw_results(out: Path, config: Config, results: list[dict]):
-    """evaluation.png: greedy accuracy with its interval beside maj@k and pass@k of every run."""
-    figure, (panel,) = new_figure(1, width=max(6.0, 1.6 * len(results) + 2))
-    kinds = ["greedy_accuracy", *(f"{kind}@{config.samples}" for kind in ("maj", "pass") if config.samples)]
-    low, high = np.array([result["greedy_interval"] for result in results]).T
-    for j, kind in enumerate(kinds):
-        heights, width = np.array([result[kind] for result in results]), 1 / (len(kinds) + 1)
-        errors = (heights - low, high - heights) if kind == "greedy_accuracy" else None
-        panel.bar(np.arange(len(results)) + j * width, heights, width, yerr=errors, label=kind)
-    panel.set_xticks(range(len(results)), config.runs)
-    panel.set(ylim=(0, 1.02), ylabel="accuracy", title=", ".join(sorted({result["task"] for result in results})))
-    panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    save(figure, out / "evaluation.png")
 
 
 if __name__ == "__main__":

@@ -27,19 +27,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.utils import cached_file
 
 from reward import InputError
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "opt")  # model_type in config.json
 OPT_OFFSET = 2  # OPT keeps two unused rows at the start of its position table
-ACTIVATIONS = {
-    "silu": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
 
 
 @dataclass(frozen=True)
@@ -71,34 +64,38 @@ class ModelConfig:
 def read_config(hf: PreTrainedConfig) -> ModelConfig:
     """Translate a Hugging Face config; raises InputError for any feature that this decoder would silently leave out."""
 
-    def refuse(feature: str):
+    if hf.model_type not in ("llama", "qwen2", "qwen3", "opt"):
+        raise InputError(f"unknown architecture {hf.model_type!r}; supported model types: llama, qwen2, qwen3, opt")
+    opt, rope = hf.model_type == "opt", getattr(hf, "rope_parameters", None) or {}
+    activation = hf.activation_function if opt else hf.hidden_act
+    unsupported = {
+        "quantization_config": getattr(hf, "quantization_config", None),
+        f"activation {activation!r}": activation not in ACT2FN,
+        "do_layer_norm_before=False": opt and not hf.do_layer_norm_before,
+        "word_embed_proj_dim unlike hidden_size": opt and hf.word_embed_proj_dim != hf.hidden_size,
+        "_remove_final_layer_norm=True": opt and hf._remove_final_layer_norm,
+        f"rope_type={rope.get('rope_type')!r}": rope.get("rope_type", "default") not in ("default", "llama3"),
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
+        "sliding-window attention (use_sliding_window=True)": "sliding_attention"
+        in (getattr(hf, "layer_types", 0) or ()),
+    }
+    for feature in (feature for feature, present in unsupported.items() if present):
         raise InputError(f"{hf.model_type} config: {feature} is not supported by model.py; use a checkpoint without it")
-
-    if hf.model_type not in ARCHITECTURES:
-        raise InputError(f"unknown architecture {hf.model_type!r}; supported model types: {', '.join(ARCHITECTURES)}")
-    if getattr(hf, "quantization_config", None):
-        refuse("quantization_config")
     shared = {
         "vocab_size": hf.vocab_size,
         "max_positions": hf.max_position_embeddings,
         "hidden_size": hf.hidden_size,
         "num_layers": hf.num_hidden_layers,
         "num_heads": hf.num_attention_heads,
+        "activation": activation,
         "tied_head": hf.tie_word_embeddings,
     }
-    if hf.model_type == "opt":
-        if not hf.do_layer_norm_before:
-            refuse("do_layer_norm_before=False")
-        if hf.word_embed_proj_dim != hf.hidden_size:
-            refuse(f"word_embed_proj_dim={hf.word_embed_proj_dim} unlike hidden_size={hf.hidden_size}")
-        if hf._remove_final_layer_norm:
-            refuse("_remove_final_layer_norm=True")
-        config = ModelConfig(
+    if opt:
+        return ModelConfig(
             **shared,
             num_kv_heads=hf.num_attention_heads,
             head_dim=hf.hidden_size // hf.num_attention_heads,
             mlp_size=hf.ffn_dim,
-            activation=hf.activation_function,
             gated_mlp=False,
             norm="layer",
             norm_eps=1e-5,
@@ -110,35 +107,23 @@ def read_config(hf: PreTrainedConfig) -> ModelConfig:
             qk_norm=False,
             init_std=hf.init_std,
         )
-    else:
-        rope = dict(hf.rope_parameters)
-        if rope.setdefault("rope_type", "default") not in ("default", "llama3"):
-            refuse(f"rope_type={rope['rope_type']!r}")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            refuse(f"partial_rotary_factor={rope['partial_rotary_factor']}")
-        if any(kind != "full_attention" for kind in getattr(hf, "layer_types", None) or ()):
-            refuse("sliding-window attention (use_sliding_window=True)")
-        biased = hf.model_type == "qwen2" or hf.attention_bias
-        config = ModelConfig(
-            **shared,
-            num_kv_heads=hf.num_key_value_heads,
-            head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-            mlp_size=hf.intermediate_size,
-            activation=hf.hidden_act,
-            gated_mlp=True,
-            norm="rms",
-            norm_eps=hf.rms_norm_eps,
-            norm_affine=True,
-            rope=rope,
-            qkv_bias=biased,
-            out_bias=biased and hf.model_type != "qwen2",
-            mlp_bias=getattr(hf, "mlp_bias", False),
-            qk_norm=hf.model_type == "qwen3",
-            init_std=hf.initializer_range,
-        )
-    if config.activation not in ACTIVATIONS:
-        refuse(f"activation {config.activation!r}")
-    return config
+    biased = hf.model_type == "qwen2" or hf.attention_bias
+    return ModelConfig(
+        **shared,
+        num_kv_heads=hf.num_key_value_heads,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        mlp_size=hf.intermediate_size,
+        gated_mlp=True,
+        norm="rms",
+        norm_eps=hf.rms_norm_eps,
+        norm_affine=True,
+        rope={"rope_type": "default"} | rope,
+        qkv_bias=biased,
+        out_bias=biased and hf.model_type != "qwen2",
+        mlp_bias=getattr(hf, "mlp_bias", False),
+        qk_norm=hf.model_type == "qwen3",
+        init_std=hf.initializer_range,
+    )
 
 
 def make_norm(config: ModelConfig, size: int) -> nn.Module:
@@ -218,7 +203,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gated = config.gated_mlp
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = ACT2FN[config.activation]
         self.up = nn.Linear(config.hidden_size, config.mlp_size * (2 if self.gated else 1), bias=config.mlp_bias)
         self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=config.mlp_bias)
 
@@ -410,9 +395,8 @@ NAMES = {  # ours: theirs in Llama, Qwen2 and Qwen3; theirs in OPT. Several: the
 def hf_views(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our weights under their Hugging Face names, as views: reading writes into them, saving reads from them."""
     opt, views = config.rope is None, {}
-    rows = {
-        "attention.qkv": [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
-    }
+    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    rows = {"attention.qkv": [n * config.head_dim for n in heads]}  # of the parts of a fused weight
     rows["mlp.up"] = [config.mlp_size] * (2 if config.gated_mlp else 1)
     for name, weight in weights.items():
         module, kind = name.rsplit(".", 1)  # "layers.3.mlp.up", "weight"
@@ -434,9 +418,8 @@ def named_in_errors(file: str | Path):
     except InputError:
         raise
     except Exception as error:
-        raise InputError(
-            f"{file}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{file}: cannot be read ({type(error).__name__}: {reason})") from error
 
 
 def load(source: str | Path, device: str | None, dtype: str | None) -> Decoder:
@@ -527,13 +510,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def total(x: Tensor | float) -> Tensor | float:
+def total(x: Tensor) -> Tensor:
     """The sum of x over all processes."""
-    if not dist.is_initialized():
-        return x
-    summed = x.clone() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
-    dist.all_reduce(summed)
-    return summed if isinstance(x, Tensor) else summed.item()
+    if dist.is_initialized():
+        dist.all_reduce(x := x.clone())
+    return x
 
 
 def gather(x) -> list:

@@ -31,8 +31,7 @@ from torch import Tensor, nn
 
 from model import Decoder, load, sample_skip, shard, total
 from reward import InputError, Problem, load_problems
-from rollout import OUTCOMES, Grades, Rollout, encode_prompts, flag, grade, out_of_memory, run_script
-from rollout import sample, token_logp
+from rollout import OUTCOMES, Grades, Rollout, encode_prompts, flag, grade, run_script, sample, token_logp
 from warmup import Run, TrainConfig, batch_indices, encode_examples, fingerprint, micro_batches, supervised_step
 
 # value_coef stands before the 1/2 of eq. (10), as in ReFT. In the study of the README only prefix keeps its accuracy over 60
@@ -92,9 +91,7 @@ class Config(TrainConfig):
 # ---- the equations, in the order of the papers ----------------------------------------------------------------------
 
 
-def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, trace: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def gae(rewards, values, mask, gamma, lam, trace=None) -> tuple[Tensor, Tensor]:
     """Advantages and returns, eqs. (5)-(7); all (N, T-1), column t belongs to the action at token t+1.
 
     trace: c_t of the correction, 1 when None. What follows the last action counts as 0, also for cut completions.
@@ -124,9 +121,7 @@ def group_relative(reward: Tensor, samples: int) -> Tensor:
     return (centred / (groups.std(1, keepdim=True, correction=0) + 1e-4)).flatten()  # (N,)
 
 
-def correction_terms(
-    correction: str, logp_old: Tensor, logp_behav: Tensor, mask: Tensor, cap: float
-) -> tuple[Tensor, Tensor]:
+def correction_terms(correction: str, logp_old, logp_behav, mask, cap) -> tuple[Tensor, Tensor]:
     """Weight w_t of eq. (9) and trace c_t of eqs. (6) and (7), (N, T-1) each; constants in the gradient.
 
     With rho_t = pi_old(a_t|s_t) / mu(a_t|s_t). The names are ours: the abstract of Nested-ReFT speaks of three variants of
@@ -145,22 +140,12 @@ def correction_terms(
     }[correction]
 
 
-def importance_ratio(logp_new: Tensor, logp_old: Tensor, logp_behav: Tensor, correction: str) -> Tensor:
+def importance_ratio(logp_new, logp_old, logp_behav, correction: str) -> Tensor:
     """r_t of eq. (8), (N, T-1); with correction "ratio" pi_theta / mu takes its place."""
     return (logp_new - (logp_behav if correction == "ratio" else logp_old)).exp()  # eq. (8)
 
 
-def policy_loss(
-    logp_new: Tensor,
-    logp_old: Tensor,
-    logp_behav: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip: float,
-    correction: str,
-    cap: float,
-    denominator: Tensor | float,
-) -> Tensor:
+def policy_loss(logp_new, logp_old, logp_behav, advantages, mask, clip, correction, cap, denominator) -> Tensor:
     """Clipped surrogate of eq. (9), a scalar. Tensors (N, T-1); denominator: the tokens of the whole optimizer step."""
     weight, _ = correction_terms(correction, logp_old, logp_behav, mask, cap)  # (N, T-1)
     ratio = importance_ratio(logp_new, logp_old, logp_behav, correction)  # (N, T-1)
@@ -168,9 +153,7 @@ def policy_loss(
     return -(weight * surrogate * mask).sum() / denominator  # eq. (9)
 
 
-def value_loss(
-    values: Tensor, values_old: Tensor, returns: Tensor, mask: Tensor, clip: float, denominator: Tensor | float
-) -> Tensor:
+def value_loss(values, values_old, returns, mask, clip, denominator) -> Tensor:
     """Clipped squared error of V_phi, eq. (10), a scalar. Tensors (N, T-1)."""
     clipped = torch.clamp(values, values_old - clip, values_old + clip)  # (N, T-1)
     squared = torch.max((values - returns) ** 2, (clipped - returns) ** 2)  # (N, T-1)
@@ -191,7 +174,6 @@ def action_stats(model: Decoder, tokens: Tensor, mask: Tensor) -> tuple[Tensor, 
     return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (logp, values))
 
 
-@out_of_memory("the pass before the update did not fit; lower --micro-batch")
 @torch.no_grad()
 def batch_stats(model: Decoder, rollout: Rollout, micro_batch: int) -> tuple[Tensor, Tensor]:
     """`action_stats` of a whole batch, rows of like length together."""
@@ -211,7 +193,6 @@ def minibatches(count: int, config: Config, step: int, generator: torch.Generato
             yield rows, config.lr * min(1, updates / LR_RAMP)
 
 
-@out_of_memory("a training pass did not fit; lower --micro-batch or add --gradient-checkpointing")
 def ppo_update(run: Run, rollout: Rollout, batch_tensors: tuple[Tensor, ...], batches: Iterator) -> dict[str, float]:
     """Step 6 of main; returns the means over all tokens that were updated on.
 
@@ -232,7 +213,8 @@ def ppo_update(run: Run, rollout: Rollout, batch_tensors: tuple[Tensor, ...], ba
             pg_loss = policy_loss(*ratios, advantages, mb_mask, *correction, denominator)  # eq. (9)
             v_loss = value_loss(values, values_old, returns, mb_mask, config.clip, denominator)  # eq. (10)
             (pg_loss + config.value_coef * v_loss).backward()  # eq. (11)
-            clipped = is_clipped(importance_ratio(*ratios, config.correction), advantages, config.clip) & mb_mask
+            ratio = importance_ratio(*ratios, config.correction)
+            clipped = ((ratio - 1) * advantages.sign() > config.clip) & mb_mask  # no gradient comes from there
             done = [pg_loss.item() * denominator, v_loss.item() * denominator, clipped.sum(), mb_mask.sum()]
             sums += torch.tensor(done, dtype=torch.float64)
         grad_norms.append(run.update(lr))
@@ -266,7 +248,7 @@ def main(config: Config) -> dict:
 
     for step in run.steps():
         # 1. problems, and a new skip mask for every batch
-        rng = np.random.default_rng((config.seed, 1, step))
+        rng = np.random.default_rng((config.seed, 1, step))  # 1: batches; 0: the order of problems
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         chosen = batch_indices(config.seed, step, config.rollout_batch // config.samples, len(problems))
         batch = [problems[i] for i in chosen]
@@ -322,8 +304,7 @@ def main(config: Config) -> dict:
         }
         if config.target_kl_behav is not None:
             run.state["level"] = next_level(run.state["level"], numbers["kl_behav"], config.target_kl_behav, num_layers)
-        transcripts = [transcript(grades, batch, n) for n in (0, -1)]
-        run.record(numbers, chosen, transcripts, warnings(numbers))
+        run.record(numbers, chosen, [transcript(grades, batch, n) for n in (0, -1)], warnings(numbers))
 
     curves = ("reward", "accuracy", "length", "kl_ref", "kl_behav", "entropy", "greedy_accuracy")
     return run.finish(curves, f"python evaluate.py {config.model} {config.out}")
@@ -383,18 +364,18 @@ def mismatch(logp_old: Tensor, logp_behav: Tensor, mask: Tensor, cap: float, rew
     rho, sequence = log_rho[mask].exp(), log_rho.sum(1).exp()  # (tokens,), (N,)
     p1, p50, p99 = torch.quantile(log_rho[mask], log_rho.new_tensor([0.01, 0.5, 0.99])).tolist()
     return {
-        "kl_behav": (rho - 1 - log_rho[mask]).mean().item(),  # never negative, of low variance (k3)
-        "kl_behav_k1": -log_rho[mask].mean().item(),
-        "entropy": -(rho * logp_old[mask]).mean().item(),
-        "log_ratio_min": log_rho[mask].min().item(),
+        "kl_behav": (rho - 1 - log_rho[mask]).mean().item(),  # never negative, of low variance (k3); healthy below .05
+        "kl_behav_k1": -log_rho[mask].mean().item(),  # the same, plainly
+        "entropy": -(rho * logp_old[mask]).mean().item(),  # falls slowly; near 0 nothing is explored any more
+        "log_ratio_min": log_rho[mask].min().item(),  # of log pi_old - log mu, as the next four
         "log_ratio_p1": p1,
         "log_ratio_p50": p50,
         "log_ratio_p99": p99,
         "log_ratio_max": log_rho[mask].max().item(),
-        "above_cap": (rho > cap).double().mean().item(),
-        "ess_tokens": (rho.mean() ** 2 / (rho**2).mean()).item(),
-        "ess_sequences": (sequence.mean() ** 2 / (sequence**2).mean()).item(),
-        "retrace_trace": rho.clamp(max=1).mean().item(),
+        "above_cap": (rho > cap).double().mean().item(),  # share of tokens that --cap cuts
+        "ess_tokens": (rho.mean() ** 2 / (rho**2).mean()).item(),  # 1 on-policy; below .5 half of the batch is wasted
+        "ess_sequences": (sequence.mean() ** 2 / (sequence**2).mean()).item(),  # what prefix has to work with
+        "retrace_trace": rho.clamp(max=1).mean().item(),  # how far retrace looks ahead, 1: to the end
         "reward_under_pi": ((sequence * reward).sum() / sequence.sum()).item(),  # self-normalised estimate
     }
 
@@ -407,11 +388,6 @@ def next_level(level: float, kl_behav: float, target: float, num_layers: int) ->
     """
     error = math.log(target / max(kl_behav, 1e-9))
     return min(max(level + 0.5 * min(max(error, -1.0), 1.0), 0.0), max(num_layers - 3.0, 0.0))
-
-
-def is_clipped(ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """Where the minimum of eq. (9) takes the clipped branch: no gradient comes from there."""
-    return torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ equals one masked forward pass over it. One row of a Rollout, a prompt of 3 toke
     logp_behav  (N, T-1)  0    0   mu(a0) mu(a1) mu(EOS)  0    0    log mu(a_t | s_t), recorded while sampling
 """
 
-import contextlib
 import math
 import sys
 import time
@@ -73,27 +72,10 @@ def prompt_seeds(seed: int, count: int) -> list[int]:
     return np.random.SeedSequence(seed).generate_state(count, np.uint64).tolist()
 
 
-def uniforms(seed: int, sample_index: int, count: int) -> Tensor:
-    """The noise of one completion: (count,) float64 in [0, 1), one number a position."""
-    return torch.from_numpy(np.random.default_rng((seed, sample_index)).random(count))
-
-
 PREFILL = 32  # prompts of one prefill; sorted by length, they have little padding among them
 LOOK_EVERY = {"cuda": 16}  # steps between looks for ended rows; each makes the host wait for a GPU. Elsewhere: 1
 
 
-@contextlib.contextmanager
-def out_of_memory(advice: str):
-    """Running out of memory, on the GPU or the CPU, becomes one line that names the flag to turn."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
-            raise
-        raise InputError(f"out of memory: {advice}") from error
-
-
-@out_of_memory("sampling did not fit; lower --max-rows or --max-new-tokens")
 def sample(
     model: Decoder,
     prompts: list[list[int]],
@@ -126,22 +108,18 @@ def sample(
     # 1. rows: what row n says stands in tokens[n, :lengths[n]]; row N and column T are for what nobody reads
     N, T = len(prompts) * num_samples, longest + max_new_tokens
     rows = [torch.tensor(prompt) for prompt in prompts for _ in range(num_samples)]
-    tokens = F.pad(
-        pad_sequence(rows, batch_first=True, padding_value=pad_id), (0, max_new_tokens + 1, 0, 1), value=pad_id
-    )
-    prompt_lens = torch.tensor([*map(len, rows), 1])
+    tokens = pad_sequence([*rows, torch.tensor([pad_id])], batch_first=True, padding_value=pad_id)  # (N + 1, longest)
+    tokens = F.pad(tokens, (0, max_new_tokens + 1), value=pad_id).to(device)  # (N + 1, T + 1)
+    prompt_lens = torch.tensor([*map(len, rows), 1], device=device)
     noise = torch.zeros(N + 1, T + 1, dtype=torch.float64)
     for n in range(N if temperature > 0 else 0):
-        noise[n, len(rows[n]) :][:max_new_tokens] = uniforms(seeds[n // num_samples], n % num_samples, max_new_tokens)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))[
-        rank() :: world_size()
-    ]  # short ones first, my share
-    waiting = [i * num_samples + j for i in order for j in range(num_samples)]
-    tokens, prompt_lens, noise = tokens.to(device), prompt_lens.to(device), noise.to(device)
-    logp_behav = torch.zeros(
-        N + 1, T + 1, dtype=torch.promote_types(model.embed.weight.dtype, torch.float32), device=device
-    )
+        rng = np.random.default_rng((seeds[n // num_samples], n % num_samples))
+        noise[n, len(rows[n]) :][:max_new_tokens] = torch.from_numpy(rng.random(max_new_tokens))
+    noise, exact = noise.to(device), torch.promote_types(model.embed.weight.dtype, torch.float32)
+    logp_behav = torch.zeros(N + 1, T + 1, dtype=exact, device=device)
     lengths, done = prompt_lens.clone(), torch.zeros(N + 1, dtype=torch.bool, device=device)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # short ones first
+    waiting = [i * num_samples + j for i in order[rank() :: world_size()] for j in range(num_samples)]
 
     # 2. slots: the first R of them are at work, each on the row that `row` says; its keys and values are in `cache`
     slots, R, every = min(max_rows or N, N), 0, LOOK_EVERY.get(device.type, 1)
@@ -173,9 +151,7 @@ def sample(
 
     # 3. decode; whoever has ended makes place for who waits
     decode = graphed(step) if device.type == "cuda" else step
-    autocast = torch.autocast(
-        device.type, torch.bfloat16, enabled=model.autocast
-    )  # one for all: it casts the weights once
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=model.autocast)  # casts the weights once for all
     with gathered(model), torch.inference_mode(), autocast:
         cache = model.new_cache(slots, T, mask)
         while waiting or R:
@@ -392,7 +368,7 @@ class SharedConfig:
 def run_script(main, config_class, parser: HfArgumentParser | None = None):
     """Run a stage with the flags of its dataclass. A typo or bad input ends it with one line and exit code 2.
 
-    Numbers that went bad and a disk that cannot be written end it with one line and exit code 1.
+    So does running out of memory. Numbers that went bad and a disk that cannot be written: one line, exit code 1.
     """
     parser = parser or HfArgumentParser(config_class, allow_abbrev=False)
     try:
@@ -402,6 +378,12 @@ def run_script(main, config_class, parser: HfArgumentParser | None = None):
     except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, on the CPU a plain one
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        less = "lower --micro-batch, --max-rows or --max-new-tokens, or train with --gradient-checkpointing"
+        print(f"error: out of memory; {less}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -419,33 +401,33 @@ class Config(SharedConfig):
     seed: int = flag(0, "seed of the mask and of the samples")
 
 
-def main(config: Config) -> dict[str, list[float]]:
-    """Sample with pi and with mu from the same noise; print some completions side by side, then what skipping does."""
+def main(config: Config) -> dict[str, tuple[Grades, float, float]]:
+    """Sample with pi and with mu from the same noise; print some completions side by side, then what skipping does.
+
+    Returns grades, tokens/s and the exact KL per token of both.
+    """
     model = load(config.model, config.device, config.dtype)
     problems = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
     prompts = encode_prompts(problems, model, config, config.max_new_tokens)
     skip = sample_skip(len(model.layers), config.skip_ratio, torch.Generator().manual_seed(config.seed))
-    graded, table = [], {"tokens/s": [], "accuracy": [], "length": [], "KL(mu||pi) per token": []}
-    for mask in (None, skip):  # pi, then mu
+    results = {}
+    for name, mask in (("pi", None), ("mu", skip)):
         sampling = config.sampling(model) | {"skip": mask, "seed": config.seed}
         sample(model, prompts[:8], **sampling)  # warms up
         started = time.perf_counter()
         rollout = sample(model, prompts, **sampling)
         seconds = time.perf_counter() - started
-        graded.append(grade(rollout, problems, model, config))
-        table["tokens/s"].append(int(rollout.action_mask.sum()) / seconds)
-        table["accuracy"].append((graded[-1].rewards == 1).double().mean().item())
-        table["length"].append((rollout.lengths - rollout.prompt_lens).double().mean().item())
-        table["KL(mu||pi) per token"].append(exact_kl_behav(model, rollout).mean().item())
+        speed, kl = int(rollout.action_mask.sum()) / seconds, exact_kl_behav(model, rollout).mean().item()
+        results[name] = grade(rollout, problems, model, config), speed, kl
     for n, problem in enumerate(problems[:4]):
-        print(f"--- {problem.question}  (gold: {problem.answer})")
-        for name, grades in zip(("pi", "mu"), graded, strict=True):
-            print(f"{name}, reward {grades.rewards[n]:g}: {' / '.join(grades.texts[n].split(chr(10)))}")
-    print(f"--- {len(problems)} problems; mu skips layers {skip.nonzero().flatten().tolist()} of {len(model.layers)}")
-    print(f"{'':24}{'pi':>10}{'mu':>10}")
-    for name, (pi, mu) in table.items():
-        print(f"{name:24}{pi:10.4g}{mu:10.4g}")
-    return table
+        print(f"--- {problem.question} (gold: {problem.answer})")
+        for name, (grades, _, _) in results.items():
+            print(f"{name}, reward {grades.rewards[n]:g}: {grades.texts[n]!r}")
+    print(f"--- {len(problems)} problems; mu leaves out layers {skip.nonzero().flatten().tolist()} of {len(skip)}")
+    for name, (grades, speed, kl) in results.items():
+        accuracy = grades.outcomes.count("right") / len(problems)
+        print(f"{name}: accuracy {accuracy:.3f}, {speed:,.0f} tokens/s, KL({name}||pi) {kl:.4f} per token")
+    return results
 
 
 if __name__ == "__main__":

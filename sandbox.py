@@ -216,12 +216,9 @@ def seccomp_filter() -> bytes:
     column, arch = COLUMNS[platform.machine()]
     allowed = [int(entry.split()[column]) for entry in SYSCALLS.split(",")]
     rows = [  # instruction, rows to skip if true and if false, operand
-        *((LOAD, 0, 0, 4), (IF_EQUAL, 1, 0, arch), (RETURN, 0, 0, KILL)),  # in another mode of the machine, or with
-        *(
-            (LOAD, 0, 0, 0),
-            (IF_AT_LEAST, 0, 1, 1 << 30),
-            (RETURN, 0, 0, KILL),
-        ),  # x32's bit, a number means another call
+        # in another mode of the machine, or with x32's bit, a number means another call
+        *((LOAD, 0, 0, 4), (IF_EQUAL, 1, 0, arch), (RETURN, 0, 0, KILL)),
+        *((LOAD, 0, 0, 0), (IF_AT_LEAST, 0, 1, 1 << 30), (RETURN, 0, 0, KILL)),
         *((IF_EQUAL, len(allowed) - i, 0, number) for i, number in enumerate(allowed)),
         *((RETURN, 0, 0, FAIL), (RETURN, 0, 0, ALLOW)),
     ]
@@ -380,17 +377,12 @@ def run_child(size: int, outside: int, seccomp: bytes) -> None:
         os.closerange(4, 1 << 16)
         random.seed(0)  # fork has seeded it anew
         confine(seccomp)
-        os.write(3, call_solution(program).encode("ascii"))
+        namespace = {"__name__": "program"}
+        exec(compile(program, "<program>", "exec"), namespace)
+        os.write(3, result_text(namespace["solution"]()).encode("ascii"))
         code = 0
     finally:
         os._exit(code)
-
-
-def call_solution(program: str) -> str:
-    """Run a program, call its solution(), and write as text what that returns."""
-    namespace = {"__name__": "program"}
-    exec(compile(program, "<program>", "exec"), namespace)
-    return result_text(namespace["solution"]())
 
 
 def result_text(value: object) -> str:

@@ -33,7 +33,7 @@ from evaluate import draw_curves, evaluate, make_folder
 from model import Decoder, load, named_in_errors, peak_memory, sample_skip, write_json
 from model import gather, rank, shard, total, whole, world_size  # several processes
 from reward import InputError, Problem, load_problems, make_prompt, make_target
-from rollout import SharedConfig, encode_prompts, flag, is_chat, out_of_memory, run_script, token_logp, turn_end
+from rollout import SharedConfig, encode_prompts, flag, is_chat, run_script, token_logp, turn_end
 
 TOY = {"batch": 32, "lr": 4e-3, "beta2": 0.95, "weight_decay": 0.1, "layer_dropout": 0.5, "epochs": 0.9}
 # ReFT, section 4.3
@@ -58,9 +58,7 @@ class TrainConfig(SharedConfig):
 class Config(TrainConfig):
     """Flags of warmup.py; what is None is filled in from TOY or PRETRAINED."""
 
-    model: str | None = flag(
-        None, "directory or hub id to start from (default: a small decoder from scratch, task toy)"
-    )
+    model: str | None = flag(None, "directory or hub id to start from (default: a new small decoder, task toy)")
     out: str = flag("runs/warmup", "directory of the run")
     steps: int | None = flag(None, "optimizer steps (default: as many as --epochs needs)")
     epochs: float | None = flag(None, "passes over the problems (toy: 0.9, pretrained: 2)")
@@ -162,20 +160,19 @@ def collate(examples: list[tuple[list[int], list[int]]], device) -> tuple[Tensor
 # ---- shared with rl.py ----------------------------------------------------------------------------------------------
 
 
-@out_of_memory("a training pass did not fit; lower --micro-batch or add --gradient-checkpointing")
 def supervised_step(run: "Run", examples: list, lr: float, skip: Tensor | None = None) -> tuple[float, float]:
     """One optimizer step on eq. (1) over (prompt, completion) pairs; returns the loss and the norm of its gradient."""
     tokens, lengths, action_mask = collate(examples, run.model.embed.weight.device)  # (N, T), (N,), (N, T-1)
     denominator = int(action_mask.sum())  # of the whole batch: the micro-batch size does not change the gradient
-    loss_sum = 0.0
+    loss_sum = torch.zeros((), dtype=torch.float64, device=tokens.device)
     for rows, T in micro_batches(lengths, run.config.micro_batch):
         mask = action_mask[rows, : T - 1]  # (n, T-1)
         hidden = run.model(tokens[rows, :T], skip)[:, :-1][mask]  # (actions, d)
         logp = token_logp(run.model.logits(hidden), tokens[rows, 1:T][mask])  # (actions,): completion positions only
         loss = -logp.sum() / denominator  # eq. (1)
         loss.backward()
-        loss_sum += loss.item()
-    return total(loss_sum), run.update(lr)
+        loss_sum += loss.detach()
+    return total(loss_sum).item(), run.update(lr)
 
 
 def batch_indices(seed: int, step: int, batch: int, count: int) -> list[int]:
@@ -377,9 +374,7 @@ class Run:
                     os.replace(file, self.out / file.name)
             except Exception as error:  # OSError, and what torch and safetensors make of it
                 reason = " ".join(str(error).split())[:200]
-                raise InputError(
-                    f"{self.out}: the checkpoint cannot be written ({reason}); the one before stays"
-                ) from error
+                raise InputError(f"{self.out}: cannot save ({reason}); the checkpoint before stays") from error
             finally:
                 shutil.rmtree(new, ignore_errors=True)
         gather(None)  # the others wait for it: torchrun ends all processes when one leaves
@@ -391,8 +386,7 @@ class Run:
         if state["bad_in_a_row"] >= BAD_IN_A_ROW:
             raise FloatingPointError(
                 f"{out}: loss or gradient was not finite in {BAD_IN_A_ROW} batches in a row, the last one step "
-                f"{state['step']}; none of them changed a weight. Look at these problems in {out / 'bad_batches.jsonl'} and "
-                f"at the weights of --model; then try a lower --lr, or --dtype float32"
+                f"{state['step']}; look at the problems in bad_batches.jsonl, try a lower --lr or --dtype float32"
             )
         if self.stop:
             words = [*sys.argv, *(() if "--resume" in sys.argv else ("--resume",))]

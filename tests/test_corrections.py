@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from transformers import LlamaConfig
 
 import rl
 from model import Decoder
-from rl import CORRECTIONS, correction_terms, gae, next_level, policy_loss
+from rl import correction_terms, gae, next_level, policy_loss
 from rollout import token_logp
 
 V, EOS, L = 3, 2, 4  # vocabulary, end of sequence, longest completion
 F64 = torch.float64
+CORRECTIONS = get_args(rl.Correction)
 
 
 def enumerate_completions(eos: bool):

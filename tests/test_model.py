@@ -9,7 +9,7 @@ from families import CONFIGS, random_hf_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen2Config
 
-from model import Decoder, linear, load, load_tokenizer, sample_skip
+from model import Decoder, load, sample_skip
 from reward import InputError
 
 MASKS = {"none": (), "inner": (1, 2), "first": (0,), "last": (3,), "first and last": (0, 3)}
@@ -66,10 +66,7 @@ def test_cached_equals_uncached_at_ragged_positions(pair, layers):
     expected = decoder(tokens, skip)
     cache = decoder.new_cache(3, 20, skip)
     assert len(cache) == 4 - len(layers)  # a skipped layer owns no cache
-    prompt = decoder(tokens[:, :7], skip, cache[..., :7, :], torch.arange(7).expand(3, 7))
-    assert (prompt - expected[:, :7]).abs().max() < 1e-4
-    fresh = decoder.new_cache(3, 20, skip)
-    assert (decoder(tokens[:, :7], skip, fresh) - prompt).abs().max() < 1e-5 and (fresh - cache).abs().max() < 1e-5
+    assert (decoder(tokens[:, :7], skip, cache) - expected[:, :7]).abs().max() < 1e-4
     position = torch.tensor([3, 5, 7])  # rows stand at different columns; what the prefill wrote there is overwritten
     for _ in range(13):
         hidden = decoder(tokens.gather(1, position[:, None]), skip, cache, position[:, None])[:, 0]
@@ -141,23 +138,6 @@ def test_autocast_leaves_logits_and_values_in_fp32():
     assert 0 < (decoder.logits(hidden) - full).abs().max() < 0.3
 
 
-@pytest.mark.parametrize("shape", [(64, 96, 128), (3, 5, 200, 300)], ids=["rows", "rows and columns"])
-def test_linear_equals_the_float64_product_and_has_its_gradient(shape):
-    *rows, size, out = shape
-    generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(s, generator=generator) for s in ((*rows, size), (out, size), (out,)))
-    grads = []
-    for dtype, function in ((torch.float32, linear), (torch.float64, torch.nn.functional.linear)):
-        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
-        y = function(*leaves)
-        (y * y.detach().cos()).sum().backward()
-        grads.append([y.detach(), *(leaf.grad for leaf in leaves)])
-    for ours, expected in zip(*grads, strict=True):
-        assert ours.dtype == torch.float32 and (ours - expected).abs().max() < 2e-5 * expected.abs().max()
-    with torch.no_grad():
-        assert torch.equal(linear(x, weight, bias), grads[0][0])  # with and without gradient: the ratio at lr 0 is 1
-
-
 def test_float64_stays_float64():
     decoder = Decoder(CONFIGS["llama3"]()).double()
     assert decoder.logits(decoder(tokens_of())).dtype == torch.float64
@@ -196,7 +176,7 @@ BAD_CONFIGS = {
     "sliding window": (lambda: Qwen2Config(**SMALL, **SLIDING), "sliding"),
     "post-norm OPT": (lambda: OPTConfig(**SMALL, word_embed_proj_dim=32, do_layer_norm_before=False), "do_layer_norm"),
     "projected OPT": (lambda: OPTConfig(**SMALL, word_embed_proj_dim=16), "word_embed_proj_dim"),
-    "activation": (lambda: LlamaConfig(**SMALL, hidden_act="mish"), "mish"),
+    "activation": (lambda: LlamaConfig(**SMALL, hidden_act="swash"), "swash"),
 }
 
 
@@ -226,6 +206,8 @@ def test_unknown_architecture_names_the_supported_ones(model_type, tmp_path):
 )
 def test_a_broken_file_is_named(file, text, toy_run, tmp_path):
     folder = shutil.copytree(toy_run, tmp_path / "run")
+    if "index" in file:
+        (folder / "model.safetensors").unlink()
     (folder / file).write_text(text)
     with pytest.raises(InputError, match=r"gone\.safetensors" if "index" in file else file.replace(".", r"\.")):
         load(folder, None, None)
@@ -257,7 +239,8 @@ def test_saving_over_an_older_checkpoint_leaves_nothing_of_it(tmp_path):
     decoder.save_pretrained(tmp_path)
     again = Decoder.from_pretrained(tmp_path)
     assert torch.equal(again.logits(again(tokens_of())), decoder.logits(decoder(tokens_of())))
-    assert again.generation_config is None and len(list(tmp_path.glob("*.safetensors"))) == 1
+    assert not json.loads(again.files.get("generation_config.json", b"{}")).get("eos_token_id")
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
 @torch.no_grad()
@@ -268,7 +251,7 @@ def test_the_cache_under_autocast_gives_what_no_cache_gives(pair):
         expected = decoder(tokens_of())
         cache = decoder.new_cache(3, 20)
         assert cache.dtype == torch.bfloat16
-        steps = [decoder(tokens_of()[:, :7], None, cache[..., :7, :], torch.arange(7).expand(3, 7))]
+        steps = [decoder(tokens_of()[:, :7], None, cache)]
         for t in range(7, 20):
             steps.append(decoder(tokens_of()[:, t : t + 1], None, cache, torch.full((3, 1), t)))
         assert (torch.cat(steps, 1) - expected).abs().max() < 0.15  # bf16: three digits, of values of order 1
@@ -288,52 +271,32 @@ def test_missing_misshapen_and_foreign_weights_are_named(tmp_path):
     name = "model.layers.2.mlp.up_proj.weight"
     with pytest.raises(InputError, match=f"missing.*{name}"):
         Decoder.from_pretrained(broken_checkpoint(tmp_path / "a", lambda w: w.pop(name)))
-    with pytest.raises(InputError, match=rf"{name} is \[3, 3\].*\[48, 32\]"):
+    with pytest.raises(InputError, match=rf"{name}.*\[3, 3\].*\[48, 32\]"):
         Decoder.from_pretrained(broken_checkpoint(tmp_path / "b", lambda w: w.update({name: torch.zeros(3, 3)})))
     with pytest.raises(InputError, match=r"up_proj.bias"):
         foreign = name.replace("weight", "bias")
         Decoder.from_pretrained(broken_checkpoint(tmp_path / "c", lambda w: w.update({foreign: torch.zeros(48)})))
 
 
-def test_eos_comes_from_generation_config_then_config_then_tokenizer(tmp_path, toy_run):
-    decoder = Decoder.from_pretrained(toy_run)
-    decoder.generation_config = {"eos_token_id": [5, 6]}
-    assert load_tokenizer(toy_run, decoder)[1] == [5, 6]
-    decoder.generation_config = None
-    decoder.hf_config.eos_token_id = 7
-    assert load_tokenizer(toy_run, decoder)[1] == [7]
-    decoder.hf_config.eos_token_id = None
-    assert load_tokenizer(toy_run, decoder)[1] == [1]
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"), [([5, 6], 7, [5, 6]), (None, 7, [7]), (None, None, [1])], ids=str
+)
+def test_eos_comes_from_generation_config_then_config_then_tokenizer(generation, config, expected, toy_run, tmp_path):
+    folder = shutil.copytree(toy_run, tmp_path / "run")
+    for file, eos in (("generation_config.json", generation), ("config.json", config)):
+        text = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+        (folder / file).write_text(json.dumps(text | {"eos_token_id": eos}))
+    decoder = load(folder, None, None)
+    assert decoder.eos_ids == expected
+    decoder.save_pretrained(tmp_path / "again")
+    assert load(tmp_path / "again", None, None).eos_ids == expected
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (folder / file).read_bytes()  # older readers open it too
 
 
-def test_a_vocabulary_larger_than_the_embedding_is_refused(toy_run):
+def test_a_vocabulary_larger_than_the_embedding_is_refused(toy_run, tmp_path):
+    Decoder(CONFIGS["qwen2"]()).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(toy_run / file, tmp_path)
     with pytest.raises(InputError, match="tokenizer"):
-        load_tokenizer(toy_run, Decoder(CONFIGS["qwen2"]()))
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-def test_leaving_padding_out_changes_no_hidden_state_and_no_gradient(family, checkpointing):
-    torch.manual_seed(0)
-    decoder = Decoder(CONFIGS[family]()).double()
-    tokens, lengths = torch.randint(0, 97, (4, 11)), torch.tensor([3, 11, 7, 1])
-    real = torch.arange(11) < lengths[:, None]
-    found = []
-    for flags in ({}, {"lengths": lengths}):
-        decoder.gradient_checkpointing = checkpointing and bool(flags)
-        hidden = decoder(tokens, torch.tensor([False, True, False, False]), **flags)
-        (hidden[real] * torch.arange(32).sin()).sum().backward()
-        found.append((hidden, [p.grad.clone() for p in decoder.parameters() if p.grad is not None]))
-        decoder.zero_grad()
-    (padded, expected), (packed, gradients) = found
-    assert (packed - padded)[real].abs().max() < 1e-12 and (packed[~real] == 0).all()
-    assert len(gradients) == len(expected)
-    assert max((a - b).abs().max() for a, b in zip(gradients, expected, strict=True)) < 1e-11
-
-
-def test_padding_costs_no_work_in_the_layers(monkeypatch):
-    decoder, rows = Decoder(CONFIGS["qwen2"]()), []
-    real = decoder.layers[1].mlp.forward
-    monkeypatch.setattr(decoder.layers[1].mlp, "forward", lambda x: rows.append(x.shape[:-1].numel()) or real(x))
-    decoder(torch.ones(4, 11, dtype=torch.int64), lengths=torch.tensor([3, 11, 7, 1]))
-    assert rows == [3 + 11 + 7 + 1]
+        load(tmp_path, None, None)

@@ -1,4 +1,4 @@
-"""reward.py: properties of the reward, the data it reads, the errors it names, the toy task."""
+"""reward.py: the spellings it accepts and refuses, properties of the reward, the data it reads, the errors it names, toy."""
 
 import itertools
 import json
@@ -26,12 +26,454 @@ from reward import (
     make_target,
     read_options,
     score,
-    to_row,
 )
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data in {DATA}")
 OPTIONS = "a ) 38 , b ) 27.675 , c ) 30 , d ) data inadequate , e ) none of these"
+
+
+# ---- spellings: one table for numbers, one for markers, one for letters ----------------------------------------------
+
+# (what stands after the marker, gold, reward, why)
+NUMBERS = [
+    # plain numbers
+    ("18", "18", 1.0, "an integer"),
+    ("17", "18", 0.1, "another integer"),
+    ("0", "0", 1.0, "zero"),
+    ("-0", "0", 1.0, "minus zero is zero"),
+    ("007", "7", 1.0, "leading zeros do not change an integer"),
+    ("18.0", "18", 1.0, "an integer with decimals"),
+    ("18", "18.0", 1.0, "ReFT's golds are floats as text"),
+    ("0.5", "0.5", 1.0, "a decimal"),
+    (".5", "0.5", 1.0, "a decimal without its zero"),
+    ("18.", "18", 1.0, "the full stop of the sentence"),
+    ("18.5.", "18.5", 1.0, "a decimal and the full stop"),
+    ("18...", "18", 1.0, "an ellipsis"),
+    ("18!", "18", 1.0, "an exclamation mark"),
+    ("18,", "18", 1.0, "a trailing comma"),
+    ("18;", "18", 1.0, "a trailing semicolon"),
+    ("  18  ", "18", 1.0, "spaces around"),
+    ("\t18", "18", 1.0, "a tab"),
+    ("9007199254740993", "9007199254740993", 1.0, "beyond 2^53"),
+    ("9007199254740992", "9007199254740993", 0.1, "a neighbour beyond 2^53, equal as floats"),
+    ("1" + "0" * 400, "1" + "0" * 400, 1.0, "400 digits, no float holds them"),
+    # signs
+    ("-5", "-5", 1.0, "minus"),
+    ("\u22125", "-5", 1.0, "the minus sign U+2212"),
+    ("\u20135", "-5", 1.0, "an en dash, as in MathQA's options"),
+    ("- 5", "-5", 1.0, "minus and a space, as in MathQA's options"),
+    ("+5", "5", 1.0, "plus"),
+    ("5", "-5", 0.1, "the sign counts"),
+    ("-$5", "-5", 1.0, "minus before the currency"),
+    ("$-5", "-5", 1.0, "minus after the currency"),
+    ("--5", "5", 0.0, "two signs"),
+    ("+-5", "-5", 0.0, "two signs"),
+    ("±5", "5", 0.0, "two values"),
+    # thousands
+    ("70,000", "70000", 1.0, "one group"),
+    ("1,080", "1,080", 1.0, "GSM8K's golds have commas"),
+    ("109,200,001", "109,200,000", 0.1, "no tolerance for integers"),
+    ("1,234,567.89", "1234567.89", 1.0, "groups and decimals"),
+    ("1{,}080", "1080", 1.0, "LaTeX's comma"),
+    ("1\\,080", "1080", 1.0, "LaTeX's thin space"),
+    ("1\u2009080", "1080", 1.0, "a thin space"),
+    ("1\u202f080", "1080", 1.0, "a narrow no-break space"),
+    ("1 080", "1080", 0.0, "a plain space parts two numbers"),
+    ("7,00", "700", 0.0, "no group of three"),
+    ("7,0000", "70000", 0.0, "no group of three"),
+    ("1,00,000", "100000", 0.0, "groups of two"),
+    ("0,123", "123", 0.0, "a decimal comma or a group, nobody knows"),
+    ("1,234,56", "1234.56", 0.0, "a broken last group"),
+    ("1.234,56", "1234.56", 0.0, "points and commas exchanged"),
+    ("1,080\u2009000", "1080000", 0.0, "two kinds of separators"),
+    ("18\\,20", "1820", 0.0, "LaTeX's thin space between two numbers"),
+    ("1'080", "1080", 0.0, "an apostrophe"),
+    ("1_080", "1080", 0.0, "an underscore"),
+    # currency, percent, units
+    ("$18", "18", 1.0, "dollars"),
+    ("\\$18", "18", 1.0, "escaped dollars"),
+    ("$29.00", "29", 1.0, "dollars and cents"),
+    ("€18", "18", 1.0, "euros"),
+    ("18 €", "18", 1.0, "euros behind"),
+    ("US$18", "18", 1.0, "US dollars"),
+    ("USD 18", "18", 1.0, "a currency code"),
+    ("rs . 400", "400", 1.0, "rupees, as in MathQA"),
+    ("Rs. 400", "400", 1.0, "rupees"),
+    ("5%", "5", 1.0, "percent"),
+    ("5 \\%", "5", 1.0, "escaped percent"),
+    ("5 percent", "5", 1.0, "percent as a word"),
+    ("5%", "0.05", 0.1, "no factor of a hundred"),
+    ("500", "5", 0.1, "no factor of a hundred"),
+    ("18 dollars", "18", 1.0, "a unit"),
+    ("18 red apples in the bag", "18", 1.0, "several words"),
+    ("$18 per day", "18", 1.0, "a rate"),
+    ("$18/hour", "18", 1.0, "a rate with a stroke"),
+    ("60 km / hr", "60", 1.0, "a rate with spaces, as in MathQA"),
+    ("60km/h", "60", 1.0, "an attached unit"),
+    ("18 cm2", "18", 1.0, "a square unit, plain"),
+    ("18 cm^2", "18", 1.0, "a square unit"),
+    ("18 cm\u00b2", "18", 1.0, "a square unit, superscript"),
+    ("462 cm \u00b2", "462", 1.0, "a square unit, as in MathQA"),
+    ("18 \u00b2", "18", 0.0, "a superscript"),
+    ("18 sq. ft.", "18", 1.0, "abbreviated units"),
+    ("45\u00b0", "45", 1.0, "degrees"),
+    ("45^\\circ", "45", 1.0, "degrees in LaTeX"),
+    ("98.6 \u00b0F", "98.6", 1.0, "degrees Fahrenheit"),
+    ("18 co-workers' desks", "18", 1.0, "a hyphen and an apostrophe in words"),
+    ("1.8 billion", "1800000000", 1.0, "a scale word"),
+    ("1.8 billion", "1.8", 0.1, "the scale word counts"),
+    ("5 thousand", "5", 0.1, "the scale word counts"),
+    ("5 hundred thousand", "500", 0.0, "two scale words"),
+    ("18k", "18", 0.0, "k may be thousand"),
+    ("18 k", "18", 0.0, "k may be thousand"),
+    ("18x", "18", 0.0, "algebra"),
+    ("18*m", "18", 0.0, "algebra"),
+    ("18 x", "18", 0.0, "algebra"),
+    ("4 \u03c0", "4", 0.0, "a multiple of pi"),
+    ("18th", "18", 0.0, "an ordinal"),
+    ("18apples", "18", 0.0, "no token of the grammar"),
+    # fractions
+    ("1/2", "0.5", 1.0, "a fraction"),
+    ("31 / 36", "31/36", 1.0, "a fraction with spaces, as in MathQA"),
+    ("36/2", "18", 1.0, "a fraction that is an integer"),
+    ("-1/2", "-0.5", 1.0, "a negative fraction"),
+    ("1\u20442", "0.5", 1.0, "the fraction slash U+2044"),
+    ("½", "0.5", 1.0, "one character"),
+    ("2½", "2.5", 1.0, "a mixed number with one character"),
+    ("2¼", "2.25", 1.0, "a quarter"),
+    ("2¾", "2.75", 1.0, "three quarters"),
+    ("2⅓", "7/3", 1.0, "a third"),
+    ("2⅔", "8/3", 1.0, "two thirds"),
+    ("½5", "0.04", 0.0, "a digit after the fraction"),
+    ("\\frac{1}{2}", "0.5", 1.0, "LaTeX"),
+    ("\\dfrac{3}{4}", "0.75", 1.0, "LaTeX, display size"),
+    ("\\frac12", "0.5", 1.0, "LaTeX without braces"),
+    ("-\\frac{1}{2}", "-0.5", 1.0, "LaTeX, negative"),
+    ("2\\frac{1}{2}", "2.5", 1.0, "LaTeX, mixed"),
+    ("2 2/3", "8/3", 1.0, "a mixed number"),
+    ("2 2/3", "2", 0.1, "the fraction counts"),
+    ("134 1 / 3 %", "134.3333333", 1.0, "a mixed number, as in MathQA"),
+    ("-3 1/2", "-3.5", 1.0, "the sign is that of the whole"),
+    ("3/4 cup", "0.75", 1.0, "a fraction and a unit"),
+    ("2 3/3", "3", 0.0, "no mixed number: the fraction is 1"),
+    ("4 10/3", "10", 0.0, "no mixed number: the fraction exceeds 1"),
+    ("1/2/3", "1", 0.0, "two strokes"),
+    ("1/0", "0", 0.0, "division by zero"),
+    ("0/0", "0", 0.0, "division by zero"),
+    ("\\frac{1}{2}5", "0.04", 0.0, "a digit after the fraction does not join its denominator"),
+    ("\\frac{x}{2}", "2", 0.0, "no number in it"),
+    ("2 and 1/2", "2", 0.0, "two numbers"),
+    ("3-1/2", "3", 0.0, "a difference or a mixed number, nobody knows"),
+    # powers of ten
+    ("1e3", "1000", 1.0, "e notation"),
+    ("1.5E-3", "0.0015", 1.0, "E notation"),
+    ("1.5 x 10^6", "1500000", 1.0, "times ten to the"),
+    ("1.5 \u00d7 10^{6}", "1500000", 1.0, "the times sign, braces"),
+    ("1.5 \\times 10^{-3}", "0.0015", 1.0, "LaTeX"),
+    ("1.5 \\cdot 10^6", "1500000", 1.0, "LaTeX's dot"),
+    ("1.5*10^6", "1500000", 1.0, "an asterisk"),
+    ("1e3", "1", 0.1, "not the 1 before the e"),
+    ("1e", "1", 0.0, "half of the notation"),
+    ("1e99999", "1", 0.0, "an exponent of five digits"),
+    ("1.5 x 10^{6}5", "1.5", 0.0, "a digit after the power does not join the exponent"),
+    ("2^3", "2", 0.0, "another power"),
+    ("2**3", "2", 0.0, "another power"),
+    ("10\u00b2", "10", 0.0, "a superscript"),
+    # wrapping
+    ("<18>", "18", 1.0, "ReFT's brackets"),
+    ("<18>.", "18", 1.0, "ReFT's brackets and the full stop"),
+    ("<28%>.", "28", 1.0, "ReFT's brackets with percent"),
+    ("<18", "18", 0.0, "an inequality"),
+    ("> 18", "18", 0.0, "an inequality"),
+    ("(18)", "18", 1.0, "parentheses"),
+    ("**18**", "18", 1.0, "bold"),
+    ("**$18** per day", "18", 1.0, "bold, then a unit"),
+    ("*18*", "18", 1.0, "italic"),
+    ("`18`", "18", 1.0, "code"),
+    ('"18"', "18", 1.0, "quotes"),
+    ("\u201c18\u201d", "18", 1.0, "typographic quotes"),
+    ("$18$", "18", 1.0, "TeX"),
+    ("$$18$$", "18", 1.0, "TeX, display"),
+    ("$\\$18$", "18", 1.0, "TeX with dollars"),
+    ("\\(18\\)", "18", 1.0, "LaTeX"),
+    ("\\[ 18 \\]", "18", 1.0, "LaTeX, display"),
+    ("\\text{18}", "18", 1.0, "LaTeX's text"),
+    ("\\mathbf{18}", "18", 1.0, "LaTeX's bold"),
+    ("18\\text{ apples}", "18", 1.0, "a unit in LaTeX's text"),
+    ("18~", "18", 0.0, "a character of no rule"),
+    # equations
+    ("x = 18", "18", 1.0, "a named value"),
+    ("= 18", "18", 1.0, "an equals sign"),
+    ("20 - 2 = 18", "18", 1.0, "the value, not the first number"),
+    ("20 - 2 = 18", "20", 0.1, "the value, not the first number"),
+    ("5 apples + 3 apples = 8 apples", "8", 1.0, "units in the sum"),
+    ("$5 \\times 3 = 15$", "15", 1.0, "LaTeX"),
+    ("3 * 6 = 9 + 9 = 18", "18", 1.0, "a chain"),
+    ("1/2 = 0.5", "0.5", 1.0, "a fraction and its value"),
+    ("20 - 2 = 18, because 2 + 3 = 5", "18", 1.0, "a later equation explains"),
+    ("18 because 20 - 2 = 18", "18", 1.0, "the explanation has numbers"),
+    ("18, because half of 40 = 20", "20", 0.1, "a value in an explanation is no answer"),
+    ("18 \u2014 that is 20 - 2", "18", 1.0, "an explanation behind a dash"),
+    ("18 (20 - 2 = 18)", "18", 1.0, "an explanation in parentheses"),
+    ("\u2248 18", "18", 1.0, "nearly equal"),
+    ("\\approx 18", "18", 1.0, "nearly equal in LaTeX"),
+    ("approximately 18", "18", 1.0, "nearly equal in words"),
+    ("x >= 18", "18", 0.0, "an inequality"),
+    ("x != 18", "18", 0.0, "an inequality"),
+    ("18 != 20", "18", 0.0, "an inequality"),
+    ("x \\le 18", "18", 0.0, "an inequality in LaTeX"),
+    ("5 = 2 + 3", "5", 0.0, "no value after the equals sign"),
+    # more than one number
+    ("18 or 20", "18", 0.0, "two answers"),
+    ("18, or 20", "18", 0.0, "two answers"),
+    ("18, or so", "18", 0.0, "two answers, one unsaid"),
+    ("18 or so", "18", 0.0, "two answers, one unsaid"),
+    ("18 and 20", "18", 0.0, "two answers"),
+    ("3, 4", "34", 0.0, "a list is not one number"),
+    ("3, 4", "3", 0.0, "nor its first member"),
+    ("18, $20", "18", 0.0, "a list with currency"),
+    ("18; 20", "18", 0.0, "a list"),
+    ("1 2", "12", 0.0, "two numbers"),
+    ("18-20", "18", 0.0, "a range"),
+    ("18 to 20", "18", 0.0, "a range"),
+    ("18 + 2", "18", 0.0, "a sum without its value"),
+    ("5*3", "5", 0.0, "a product without its value"),
+    ("2(x + 1)", "2", 0.0, "a product"),
+    ("2 (3)", "2", 0.0, "a product without its value"),
+    ("10+John's age", "10", 0.0, "a sum"),
+    ("4 : 1", "4", 0.0, "a ratio"),
+    ("3:30", "3", 0.0, "a time"),
+    ("12 p . m .", "12", 0.0, "a time, as in MathQA"),
+    ("18 out of 20", "18", 0.0, "a share"),
+    ("5 feet 3 inches", "5", 0.0, "two units"),
+    ("2 hours and 20 minutes", "2", 0.0, "two units"),
+    ("18 and a half", "18", 0.0, "a mixed number in words"),
+    ("18. 5", "18", 0.0, "broken decimals"),
+    ("8 . 2 %", "8", 0.0, "broken decimals, as in MathQA"),
+    ("18...5", "18", 0.0, "broken decimals"),
+    ("1.2.3", "1.2", 0.0, "two points"),
+    ("18 apples and 5 oranges", "18", 0.0, "two answers with units"),
+    ("18. I hope this helps!", "18", 1.0, "another sentence"),
+    ("18, and that is all", "18", 1.0, "a clause without numbers"),
+    ("18 miles in 2 hours", "18", 1.0, "the first number, with its circumstances"),
+    # no numbers
+    ("", "18", 0.0, "nothing"),
+    ("not 18", "18", 0.0, "a denial"),
+    ("eighteen", "18", 0.0, "a word"),
+    ("unknown", "18", 0.0, "a word"),
+    ("None", "0", 0.0, "no number"),
+    ("nan", "nan", 0.0, "no number, as gold neither"),
+    ("inf", "inf", 0.0, "no number, as gold neither"),
+    ("-Infinity", "0", 0.0, "no number"),
+    ("True", "1", 0.0, "no number"),
+    ("0x12", "18", 0.0, "hexadecimal"),
+    ("0x12", "0", 0.0, "nor its first digit"),
+    ("1j", "1", 0.0, "complex"),
+    ("\uff11\uff18", "18", 0.0, "full-width digits"),
+    ("\u0661\u0668", "18", 0.0, "Arabic digits"),
+    ("\u221a324", "18", 0.0, "a root"),
+    ("|18|", "18", 0.0, "an absolute value"),
+    ("__import__('os').getpid()", "18", 0.0, "code is not run"),
+    ("9**9**9", "9", 0.0, "code is not run"),
+    # tolerance
+    ("0.33", "0.3333333333333333", 1.0, "near a gold that is no integer"),
+    ("1/3", "0.3333333333333333", 1.0, "the fraction that gold rounds"),
+    ("3.3", "3.3333333", 1.0, "gold rounded to one decimal"),
+    ("3.4", "3.3333333", 0.1, "not gold rounded"),
+    ("0.17", "0.165", 1.0, "a tie may be rounded up"),
+    ("0.16", "0.165", 1.0, "or to the even digit"),
+    ("0.04", "0.036", 1.0, "gold rounded to two decimals"),
+    ("0.03", "0.036", 0.1, "0.01 off is much for a small gold"),
+    ("0.045", "0.036", 0.1, "0.01 off is much for a small gold"),
+    ("0", "0.001", 0.1, "zero is no rounding"),
+    ("0.00", "0.001", 0.1, "nor with decimals"),
+    ("9", "8.9333333", 0.1, "an integer is no rounding"),
+    ("0", "0.4", 0.1, "an integer is no rounding"),
+    ("1234.5", "1234.567", 0.1, "0.067 off, and not rounded right"),
+    ("1234.56", "1234.567", 1.0, "within 0.01"),
+    ("1.5e1", "14.6", 0.1, "e notation shows no decimals here"),
+    ("18.001", "18", 0.1, "no tolerance for integers"),
+    ("17.9999999", "18", 0.1, "no tolerance for integers"),
+    ("33.33 %", "33.3333", 1.0, "with a unit"),
+]
+
+REFT_LINE = "\nTherefore, the answer is: "
+# (completion, gold, reward, why)
+MARKERS = [
+    ("So she has 18.\nTherefore, the answer is: 18", "18", 1.0, "ReFT's line"),
+    ("So she has 18. Therefore, the answer is: 18", "18", 1.0, "not on its own line"),
+    ("THEREFORE, THE ANSWER IS: 18", "18", 1.0, "upper case"),
+    ("Therefore the answer is 18", "18", 1.0, "no comma, no colon"),
+    ("therefore,the answer is:18", "18", 1.0, "no spaces"),
+    ("The answer is : 18", "18", 1.0, "a space before the colon"),
+    ("The answer is:\n18", "18", 1.0, "a line break"),
+    ("The answer is\r\n18\r\n", "18", 1.0, "line breaks of Windows"),
+    ("**The answer is:** 18", "18", 1.0, "bold marker"),
+    ("**The answer is:**\n18", "18", 1.0, "bold marker, a line break"),
+    ("The final answer is 18", "18", 1.0, "final"),
+    ("The correct answer is 18", "18", 1.0, "correct"),
+    ("The answer is 18\nI checked it: 20 - 2.", "18", 1.0, "another line follows"),
+    ("The answer is:\n\n18", "18", 0.0, "an empty line starts another paragraph"),
+    ("The answer is 18\nThe answer is 20", "18", 0.1, "the last marker wins"),
+    ("The answer is 20\nThe answer is 18", "18", 1.0, "the last marker wins"),
+    ("The answer is 18. The answer is unknown.", "18", 0.0, "the last marker wins, no fallback"),
+    ("The answer is not 18", "18", 0.0, "a denial"),
+    ("The answer is 18. The answer isn't 20", "18", 1.0, "isn't is no marker"),
+    ("My answer is 18", "18", 0.0, "no marker"),
+    ("Answer: 18", "18", 0.0, "no marker"),
+    ("18", "18", 0.0, "no marker: no fallback to the last number"),
+    ("", "18", 0.0, "an empty completion"),
+    ("The answer", "18", 0.0, "half a marker"),
+    ("#### 18", "18", 1.0, "GSM8K"),
+    ("####18", "18", 1.0, "GSM8K without space"),
+    ("20 - 2 = 18 #### 18", "18", 1.0, "GSM8K in a line"),
+    ("####\n18", "18", 1.0, "GSM8K with a line break"),
+    ("#### -1,080", "-1080", 1.0, "GSM8K's commas and signs"),
+    ("#### 18\n#### 20", "18", 0.1, "the last marker wins"),
+    ("#### 42 " + "and so on " * 40, "42", 1.0, "no window of 300 characters"),
+    ("### 18", "18", 0.0, "a heading"),
+    ("A: 18", "18", 1.0, "a line that starts with A:"),
+    ("Q: how many?\nA:18", "18", 1.0, "a later line"),
+    ("Q: how many? A: 18", "18", 0.0, "not at the start of a line"),
+    ("a: 18", "18", 0.0, "lower case is an option or an item"),
+    ("\\boxed{18}", "18", 1.0, "a box"),
+    ("So it is $\\boxed{18}$.", "18", 1.0, "a box in a sentence"),
+    ("The answer is \\boxed{18} apples", "18", 1.0, "two markers, one answer"),
+    ("\\boxed{\\frac{1}{2}}", "0.5", 1.0, "braces in braces"),
+    ("\\boxed{\\text{\\textbf{18}}}", "18", 0.0, "commands in commands"),
+    ("\\boxed{18\\text{ apples}}", "18", 1.0, "a unit in the box"),
+    ("\\boxed{18} and \\boxed{20}", "18", 0.1, "the last box wins"),
+    ("\\boxed{18} then the answer is: 20", "18", 0.1, "the last marker wins"),
+    ("The answer is 20, no, \\boxed{18}", "18", 1.0, "the last marker wins"),
+    ("\\boxed{18} or \\boxed{20", "18", 1.0, "a box that stays open is no marker"),
+    ("\\boxed{\\boxed{18}}", "18", 1.0, "a box in a box"),
+    ("\\boxed{18", "18", 0.0, "an open box"),
+    ("\\boxed{18\n}", "18", 0.0, "a box ends in its line"),
+    ("\\boxed{}", "18", 0.0, "an empty box"),
+    ("\\boxed{18, 20}", "18", 0.0, "a list in a box"),
+    ("\\boxed{The answer is 18}", "18", 1.0, "a marker in a box"),
+    ("\ufeffThe answer is 18", "18", 1.0, "a byte order mark"),
+    ("\u0130\u0130\u0130 The answer is 18", "18", 1.0, "letters whose lower case is longer"),
+    ("\ud800 The answer is 18", "18", 1.0, "a lone surrogate"),
+    ("The answer is " + " " * 2000 + "18", "18", 1.0, "spaces before the number"),
+    ("The answer is " + "9" * 5000, "18", 0.0, "more digits than int() takes"),
+    ("The answer is " + "0" * 2000 + "18", "18", 0.0, "more digits than are read"),
+    ("The answer is " + "x" * 992 + "=18" + "0" * 10, "18", 0.0, "a number that the cut divides"),
+]
+
+LIST = "['a ) 1 / 2', 'b ) 4 : 1', 'c ) rs . 1,250', 'd ) d ) 12 %', 'e ) 12']"
+TWINS = "a ) 38 , b ) 38 , c ) 30 , d ) none , e ) none"
+# (what stands after the marker, options, gold, reward, why)
+LETTERS = [
+    ("a", OPTIONS, "a", 1.0, "a letter"),
+    ("A", OPTIONS, "a", 1.0, "upper case"),
+    ("a", OPTIONS, "A", 1.0, "upper case as gold"),
+    ("b", OPTIONS, "a", 0.1, "another letter"),
+    ("a.", OPTIONS, "a", 1.0, "the full stop"),
+    ("(a)", OPTIONS, "a", 1.0, "parentheses"),
+    ("(A).", OPTIONS, "a", 1.0, "parentheses, full stop"),
+    ("a)", OPTIONS, "a", 1.0, "one parenthesis"),
+    ("[a]", OPTIONS, "a", 1.0, "brackets"),
+    ("<a>.", OPTIONS, "a", 1.0, "ReFT's brackets"),
+    ("**a**", OPTIONS, "a", 1.0, "bold"),
+    ("$a$", OPTIONS, "a", 1.0, "TeX"),
+    ('"a"', OPTIONS, "a", 1.0, "quotes"),
+    ("\\text{(C)}", OPTIONS, "c", 1.0, "LaTeX"),
+    ("\\textbf{(C)} 30", OPTIONS, "c", 1.0, "LaTeX and the option"),
+    ("option a", OPTIONS, "a", 1.0, "option"),
+    ("Option (a).", OPTIONS, "a", 1.0, "option in parentheses"),
+    ("choice c", OPTIONS, "c", 1.0, "choice"),
+    ("a ) 38", OPTIONS, "a", 1.0, "MathQA's form of an option"),
+    ("a: 38", OPTIONS, "a", 1.0, "a colon"),
+    ("a. 38", OPTIONS, "a", 1.0, "a full stop"),
+    ("b ( 27.675 )", OPTIONS, "b", 1.0, "the option in parentheses"),
+    ("c, since 3 * 10 = 30", OPTIONS, "c", 1.0, "an explanation"),
+    ("c because 38 is too much", OPTIONS, "c", 1.0, "an explanation"),
+    ("f", OPTIONS, "a", 0.0, "no option"),
+    ("a or b", OPTIONS, "a", 0.0, "two letters"),
+    ("(a) or (b)", OPTIONS, "a", 0.0, "two letters"),
+    ("a, b", OPTIONS, "a", 0.0, "a list"),
+    ("a and c", OPTIONS, "a", 0.0, "two letters"),
+    ("a/b", OPTIONS, "a", 0.0, "two letters"),
+    ("a ) 38 , b ) 27.675 , c ) 30", OPTIONS, "a", 0.0, "all options"),
+    ("ab", OPTIONS, "a", 0.0, "no whole token"),
+    ("apple", OPTIONS, "a", 0.0, "the first letter of a word"),
+    ("a dog", OPTIONS, "a", 0.0, "the article"),
+    ("a 38", OPTIONS, "a", 0.0, "the article"),
+    ("e.g. 38", OPTIONS, "e", 0.0, "an abbreviation"),
+    ("a.m.", OPTIONS, "a", 0.0, "an abbreviation"),
+    ("a - 4500", OPTIONS, "a", 0.0, "algebra"),
+    ("", OPTIONS, "a", 0.0, "nothing"),
+    ("whatever", OPTIONS, "a", 0.0, "a word"),
+    ("38", OPTIONS, "a", 1.0, "the text of one option"),
+    ("38.0 apples", OPTIONS, "a", 1.0, "the value of one option"),
+    ("20 + 18 = 38", OPTIONS, "a", 1.0, "the value of one option"),
+    ("27.68", OPTIONS, "b", 0.0, "no tolerance between options"),
+    ("Data inadequate.", OPTIONS, "d", 1.0, "the text of one option"),
+    ("none of these", OPTIONS, "e", 1.0, "the text of one option"),
+    ("none", OPTIONS, "e", 0.0, "a part of a text"),
+    ("39", OPTIONS, "a", 0.0, "the value of no option"),
+    ("38 or 30", OPTIONS, "a", 0.0, "two options"),
+    ("38", TWINS, "a", 0.0, "the value of two options"),
+    ("none", TWINS, "d", 0.0, "the text of two options"),
+    ("a", TWINS, "a", 1.0, "letters differ where texts do not"),
+    ("0.5", LIST, "a", 1.0, "options as a list; the value"),
+    ("4:1", LIST, "b", 1.0, "a ratio as text"),
+    ("$1250", LIST, "c", 1.0, "money"),
+    ("12%", LIST, "d", 1.0, "the text decides before the value; the letter is repeated in the option"),
+    ("12", LIST, "e", 1.0, "the text decides before the value"),
+    ("12.0", LIST, "e", 0.0, "the value of two options"),
+    ("d", None, "d", 1.0, "a letter needs no options"),
+    ("38", None, "a", 0.0, "a value needs options"),
+    ("38", "a ) 38 , b ) 27", "a", 0.0, "not five options"),
+    ("", "a ) , b ) 1 , c ) 2 , d ) 3 , e ) 4", "a", 0.0, "nothing is not the empty option"),
+]
+
+
+def ids(table: list) -> list[str]:
+    return [f"{row[0][:30]!a} ({row[-1]})" for row in table]
+
+
+def test_the_tables_are_long_enough():
+    assert len(NUMBERS) + len(MARKERS) + len(LETTERS) >= 150
+    for table in (NUMBERS, MARKERS, LETTERS):
+        assert len({row[:-2] for row in table}) == len(table), "a row is there twice"
+
+
+@pytest.mark.parametrize(("text", "gold", "reward", "why"), NUMBERS, ids=ids(NUMBERS))
+def test_numbers(text, gold, reward, why):
+    for task in ("toy", "gsm8k", "svamp", "mathqa-numeric"):
+        assert score(REFT_LINE + text, gold, task) == reward, why
+    assert score(f"#### {text}", gold, "gsm8k") == reward, why
+    assert score(f"A: {text}", gold, "gsm8k") == reward, why
+    assert score(f"\\boxed{{{text}}}", gold, "gsm8k") == reward, why
+
+
+@pytest.mark.parametrize(("completion", "gold", "reward", "why"), MARKERS, ids=ids(MARKERS))
+def test_markers(completion, gold, reward, why):
+    assert score(completion, gold, "gsm8k") == reward, why
+
+
+@pytest.mark.parametrize(("text", "options", "gold", "reward", "why"), LETTERS, ids=ids(LETTERS))
+def test_letters(text, options, gold, reward, why):
+    assert score(REFT_LINE + text, gold, "mathqa", options) == reward, why
+    assert score(f"\\boxed{{{text}}}", gold, "mathqa", options) == reward, why
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("$1,080.00", "1080"), ("3.60", "3.6"), ("18/5", "3.6"), ("2/6", "1/3"), ("-0.0", "0"), ("1e20", "1" + "0" * 20)],
+)
+def test_extract_answer_has_one_spelling_per_value(text, answer):
+    assert extract_answer(REFT_LINE + text, "gsm8k") == answer
+    assert extract_answer(REFT_LINE + answer, "gsm8k") == answer
+
+
+def test_extract_answer_of_mathqa_is_a_letter():
+    assert extract_answer(REFT_LINE + "Option (C).", "mathqa", OPTIONS) == "c"
+    assert extract_answer(REFT_LINE + "30", "mathqa", OPTIONS) == "c"
+    assert extract_answer("30", "mathqa", OPTIONS) is None
 
 
 # ---- properties of the reward ----------------------------------------------------------------------------------------
@@ -66,11 +508,11 @@ def spelled_numbers(draw) -> tuple[str, Fraction]:
     return f"{before}{sign}{text}{after}{draw(st.sampled_from(['', '.', ' ']))}", -value if negative else value
 
 
-MARKERS = ["The answer is {}", "Therefore, the answer is: {}", "12.\n#### {}", "A: {}", "so \\boxed{{{}}}."]
+FRAMES = ["The answer is {}", "Therefore, the answer is: {}", "12.\n#### {}", "A: {}", "so \\boxed{{{}}}."]
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
-@given(spelled_numbers(), st.sampled_from(MARKERS))
+@given(spelled_numbers(), st.sampled_from(FRAMES))
 def test_a_number_in_any_spelling_is_read_back(spelled, marker):
     text, value = spelled
     completion = marker.format(text)
@@ -80,42 +522,9 @@ def test_a_number_in_any_spelling_is_read_back(spelled, marker):
 
 
 PIECES = [
-    "the answer is",
-    "####",
-    "\nA:",
-    "\\boxed{",
-    "}",
-    "{",
-    "18",
-    "1,080",
-    "3/4",
-    ".",
-    ",",
-    " ",
-    "\n",
-    "$",
-    "-",
-    "e3",
-    "=",
-]
-PIECES += [
-    "a",
-    "(b)",
-    "or",
-    "\\frac",
-    "^",
-    "x 10^",
-    "<",
-    ">",
-    "%",
-    "\u2009",
-    "½",
-    "apples",
-    "\ud800",
-    "\x00",
-    "\u0130",
-    "5" * 400,
-]
+    "the answer is", "####", "\nA:", "\\boxed{", "}", "{", "18", "1,080", "3/4", ".", ",", " ", "\n", "$", "-", "e3", "=",
+    "a", "(b)", "or", "\\frac", "^", "x 10^", "<", ">", "%", "\u2009", "½", "apples", "\ud800", "\x00", "\u0130", "5" * 400,
+]  # fmt: skip
 ANY_TEXT = st.one_of(st.text(max_size=60), st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
 
 
@@ -143,23 +552,9 @@ def test_another_paragraph_without_a_marker_changes_nothing(completion, prose, t
 
 
 REPEATED = [
-    "#",
-    "\\boxed{",
-    "\\boxed{{a}",
-    "{",
-    "{}",
-    "the answer is ",
-    "the ",
-    "9",
-    "1,",
-    "1,234",
-    "1/",
-    "=1 ",
-    "A:\n",
-    "\n",
-    " ",
-]
-REPEATED += ["a or ", "word ", "\\frac{1}", "<", "e", "$", "*", "-", "10^", "\u0130", "\\text{", "^{", "(", "1 word "]
+    "#", "\\boxed{", "\\boxed{{a}", "{", "{}", "the answer is ", "the ", "9", "1,", "1,234", "1/", "=1 ", "A:\n", "\n", " ",
+    "a or ", "word ", "\\frac{1}", "<", "e", "$", "*", "-", "10^", "\u0130", "\\text{", "^{", "(", "1 word ",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("piece", REPEATED)
@@ -200,35 +595,18 @@ def test_prompt_and_target_are_those_of_reft():
     problem = Problem("How many?", "9 + 9 = 18", "18")
     assert make_prompt(problem) == "Question:\nHow many?\nAnswer reasoning:\n"
     assert make_target(problem) == "9 + 9 = 18\nTherefore, the answer is: 18"
-    assert make_target(Problem("How many?", "def solution():\n    return 18", "18"), "python").endswith("return 18")
 
 
-@pytest.mark.parametrize("engine", ["nl", "python"])
-def test_a_row_of_a_completion_gives_the_completion_back(engine, tmp_path):
-    problems = load_problems("toy", "train", limit=50, engine=engine)
-    rows = [to_row(problem, make_target(problem, engine), "gsm8k", engine, "gsm8k_0") for problem in problems]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert load_problems("gsm8k", "train", str(tmp_path / "rows.jsonl"), engine=engine) == problems
-    assert set(rows[0]) == {"item_id", "question", "answer_cot", "answer_value"}  # ReFT's schema
-
-
-def test_a_completion_that_no_row_gives_back_has_none():
-    problem = Problem("How many?", "", "1080")
-    good = "9 + 9\nTherefore, the answer is: 1080"
-    assert to_row(problem, good, "gsm8k", "nl", "x")["answer_cot"] == "9 + 9"
-    assert to_row(problem, good.replace("1080", "1080.0"), "gsm8k", "nl", "x")["answer_value"] == "1080.0"
-    for other in ("$1,080", "1,080", "1080 Eggs", "1080\n", " 1080", "", "1080\nTherefore, the answer is: x"):
-        assert to_row(problem, good.replace("1080", other), "gsm8k", "nl", "x") is None, other
-    boxed = "So \\boxed{1,080} eggs."
-    assert to_row(problem, boxed, "gsm8k", "nl", "x")["answer_cot"] == boxed
-    assert make_target(Problem("How many?", boxed, "1080")) == boxed  # what a chat model writes
-    assert to_row(problem, good.replace("9 + 9", boxed), "gsm8k", "nl", "x")["answer_value"] == "1080"
-    for other in ("So \\boxed{1080}.\n", "\nTherefore, the answer is: 1080", " " + good, "#### 1080"):
-        assert to_row(problem, other, "gsm8k", "nl", "x") is None, other
-    assert to_row(problem, "def solution():\n    return 1080\n", "gsm8k", "python", "x") is None
-    choice = Problem(f"How many?\n{OPTIONS}", "", "c", OPTIONS)
-    assert to_row(choice, "x\nTherefore, the answer is: c", "mathqa", "nl", "x")["answer_value"] == "c"
-    assert to_row(choice, "x\nTherefore, the answer is: C", "mathqa", "nl", "x") is None
+@pytest.mark.parametrize(
+    ("cot", "engine"),
+    [
+        ("def solution():\n    return 18", "python"),
+        ("9 + 9\nTherefore, the answer is: 18.0", "nl"),  # a completion, kept as it stands
+        ("So \\boxed{18} eggs.", "nl"),  # what a chat model writes
+    ],
+)
+def test_a_chain_of_thought_that_has_its_answer_is_the_whole_target(cot, engine):
+    assert make_target(Problem("How many?", cot, "18"), engine) == cot
 
 
 # (task, split, file, engine, rows, problems with a chain of thought); mathqa-numeric leaves rows out

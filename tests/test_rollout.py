@@ -1,32 +1,17 @@
 """rollout.py: what is sampled, what is recorded of it, and that neither depends on the batch."""
 
 import contextlib
-import json
 
 import pytest
 import torch
 from families import CONFIGS, random_hf_model
 
+import evaluate
 import warmup
 from model import Decoder, load
 from reward import Problem, load_problems, make_prompt, make_target
-from rollout import (
-    LOOK_EVERY,
-    Config,
-    Grades,
-    Rollout,
-    SharedConfig,
-    draw,
-    exact_kl_behav,
-    grade,
-    graphed,
-    layers_in,
-    main,
-    prompt_seeds,
-    sample,
-    sampling_gap,
-    token_logp,
-)
+from rollout import LOOK_EVERY, Config, Grades, Rollout, SharedConfig, draw, exact_kl_behav, grade, graphed, main
+from rollout import prompt_seeds, sample, token_logp
 
 INNER = torch.tensor([False, True, False, False])
 PROMPTS = [torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 9, 3, 12)]
@@ -208,15 +193,16 @@ def test_waiting_rows_take_the_place_of_ended_ones(decoder):
     assert sum(waiting) > 0.9 * 16 * len(waiting)
 
 
-def test_bf16_sampling_is_near_the_fp32_log_probabilities_and_is_measured():
+def test_bf16_sampling_is_near_the_fp32_log_probabilities():
     torch.manual_seed(0)
     decoder = Decoder(CONFIGS["qwen2"]())
-    assert sampling_gap(decoder, run(decoder, skip=INNER)).abs().max() < 1e-5
-    with layers_in(decoder, "bfloat16"):
-        rollout = run(decoder, skip=INNER, num_samples=20)
-    assert not decoder.autocast and rollout.logp_behav.dtype == torch.float32
-    gap = sampling_gap(decoder, rollout)  # (actions,)
-    assert len(gap) == rollout.action_mask.sum()
+    decoder.autocast = True  # --dtype bfloat16
+    rollout = run(decoder, skip=INNER, num_samples=20)
+    assert rollout.logp_behav.dtype == torch.float32
+    decoder.autocast = False
+    with torch.no_grad():
+        logp = token_logp(decoder.logits(decoder(rollout.tokens, INNER))[:, :-1], rollout.tokens[:, 1:])
+    gap = (rollout.logp_behav - logp)[rollout.action_mask]  # (actions,)
     assert 0 < gap.abs().mean() < 0.02 and gap.abs().max() < 0.1 and gap.mean().abs() < 0.002
 
 
@@ -275,25 +261,25 @@ def test_draw_never_takes_a_token_of_probability_zero():
 
 
 def test_a_cut_completion_earns_nothing(toy_run):
-    _, tokenizer, _ = load(toy_run, None, None)
-    text = tokenizer("That makes 8.\nTherefore, the answer is: 8").input_ids
+    model = load(toy_run, None, None)
+    text = model.tokenizer("That makes 8.\nTherefore, the answer is: 8").input_ids
     tokens = torch.tensor([[5, *text], [5, *text]])
     ends = torch.full((2,), tokens.shape[1])
     rollout = Rollout(tokens, torch.ones(2, dtype=torch.int64), ends, None, None, torch.tensor([True, False]), None)
-    texts, answers, outcomes, rewards = grade(rollout, [Problem("q", "", "8")], tokenizer, SharedConfig())
+    texts, answers, outcomes, rewards = grade(rollout, [Problem("q", "", "8")], model, SharedConfig())
     assert rewards.tolist() == [1.0, 0.0] and texts[0] == texts[1]
     assert answers == ["8", None] and outcomes == ["right", "cut"]
 
 
 def test_programs_are_run_and_graded_by_what_they_return(toy_run):
-    _, tokenizer, _ = load(toy_run, None, None)
+    model = load(toy_run, None, None)
     bodies = ("return 4 + 4", "return 7", "return 'eight'", "while True: pass", "return 8")
-    rows = [tokenizer(f"def solution():\n    {body}").input_ids for body in bodies]
+    rows = [model.tokenizer(f"def solution():\n    {body}").input_ids for body in bodies]
     ends = torch.tensor([1 + len(row) for row in rows])
     tokens = torch.tensor([[5, *row, *[0] * (int(ends.max()) - 1 - len(row))] for row in rows])
     ended = torch.tensor([True] * 4 + [False])
     rollout = Rollout(tokens, torch.ones(5, dtype=torch.int64), ends, None, None, ended, None)
-    grades = grade(rollout, [Problem("q", "", "8")], tokenizer, SharedConfig(engine="python"))
+    grades = grade(rollout, [Problem("q", "", "8")], model, SharedConfig(engine="python"))
     assert grades.rewards.tolist() == pytest.approx([1.0, 0.1, 0.0, 0.0, 0.0])
     assert grades.outcomes == ["right", "wrong", "error", "timeout", "cut"]
     assert grades.answers == ["8", "7", None, None, None]
@@ -301,12 +287,12 @@ def test_programs_are_run_and_graded_by_what_they_return(toy_run):
 
 def test_kl_behav_is_exact_over_the_vocabulary(decoder):
     full, nested = run(decoder), run(decoder, skip=INNER)
-    assert (exact_kl_behav(decoder, full.tokens, full.action_mask, None) == 0).all()
+    assert (exact_kl_behav(decoder, full) == 0).all()
     with torch.no_grad():
         log_mu = decoder.logits(decoder(nested.tokens, INNER))[:, :-1].log_softmax(-1)
         log_pi = decoder.logits(decoder(nested.tokens))[:, :-1].log_softmax(-1)
     expected = torch.nn.functional.kl_div(log_pi, log_mu, reduction="none", log_target=True).sum(-1)  # KL(mu || pi)
-    kl = exact_kl_behav(decoder, nested.tokens, nested.action_mask, INNER)
+    kl = exact_kl_behav(decoder, nested)
     assert (kl - expected[nested.action_mask]).abs().max() < 1e-12 and (kl > 0).all()
 
 
@@ -317,44 +303,53 @@ def test_prompts_beyond_the_context_are_refused(decoder):
         run(decoder, [[1], []])
 
 
-def test_the_script_prints_a_row_a_ratio_beside_the_full_model(toy_run, tmp_path, capsys):
-    config = Config(
-        model=str(toy_run), out=str(tmp_path), skip_ratios=[0.25], limit=6, rounds=2, max_new_tokens=8, max_rows=4
-    )
-    full, nested = main(config)
-    assert (full["skip_ratio"], nested["skip_ratio"], nested["layers_skipped"]) == (0.0, 0.25, 2)
-    assert full["speed_up"] == full["ideal_speed_up"] == 1 and nested["ideal_speed_up"] == 8 / 6
-    assert full["kl_behav"] == 0 < nested["kl_behav"] and 0 <= nested["accuracy"] <= 1
-    assert nested["speed_up"] == pytest.approx(nested["tokens_per_second"] / full["tokens_per_second"])
-    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("0")]) == 2
-    assert json.loads((tmp_path / "rollout.json").read_text())[1] == nested
-    assert (tmp_path / "rollout.png").stat().st_size > 0
+def test_the_script_prints_completions_of_both_models_and_what_skipping_does(toy_run, capsys, monkeypatch):
+    graded = []
+    monkeypatch.setattr("rollout.grade", lambda *args: graded.append((args[0], grade(*args))) or graded[-1][1])
+    flags = {"skip_ratio": 0.25, "limit": 6, "max_new_tokens": 8, "max_rows": 4, "dtype": "float64"}
+    table = main(Config(model=str(toy_run), **flags))
+    kl_of_pi, kl_of_mu = table["KL(mu||pi) per token"]
+    assert kl_of_pi == 0 < kl_of_mu
+    assert all(0 <= share <= 1 for share in table["accuracy"]) and min(table["tokens/s"]) > 0
+    lines = capsys.readouterr().out.splitlines()
+    (pi, pi_grades), (mu, mu_grades) = graded
+    assert pi.skip is None and mu.skip.sum() == 2 and len(pi.tokens) == len(mu.tokens) == 6
+    assert pi_grades.texts[0] != mu_grades.texts[0]
+    for n, problem in enumerate(load_problems("toy", "test", limit=4)):
+        header = lines.index(f"--- {problem.question}  (gold: {problem.answer})")
+        for line, name, grades in zip(lines[header + 1 :], ("pi", "mu"), (pi_grades, mu_grades), strict=False):
+            assert line == f"{name}, reward {grades.rewards[n]:g}: {' / '.join(grades.texts[n].split(chr(10)))}"
+    assert f"skips layers {mu.skip.nonzero().flatten().tolist()} of 8" in "\n".join(lines)
+    (row,) = [line for line in lines if line.startswith("KL(mu||pi) per token")]
+    assert [float(x) for x in row.split()[-2:]] == pytest.approx([0, kl_of_mu], rel=1e-3)
 
 
 def test_keep_correct_writes_right_completions_once_and_warm_up_trains_on_exactly_them(toy_run, tmp_path, monkeypatch):
     problems = load_problems("toy", "train", limit=7)
     said, asked = [], []
 
-    def graded(rollout, batch, tokenizer, config):
+    def graded(rollout, batch, model, config):
         """Of the 4 samples of each problem: right, the same again, right in another form, wrong."""
         assert len(rollout.tokens) == 4 * len(batch)
         texts = [text for p in batch for text in (make_target(p), make_target(p), f"A: {p.answer}", "A: 99")]
         asked.extend(batch)
         return Grades(texts, [], ["right", "right", "right", "wrong"] * len(batch), None)
 
-    monkeypatch.setattr("rollout.grade", graded)
+    monkeypatch.setattr("evaluate.grade", graded)
     file = str(tmp_path / "new" / "kept.jsonl")
-    config = Config(model=str(toy_run), keep_correct=file, limit=7, samples=4, max_new_tokens=4, max_rows=13)
-    assert main(config) == {"sampled": 28, "right": 21, "duplicates": 7, "kept": 7}
+    flags = {"limit": 7, "samples": 4, "max_new_tokens": 4, "max_rows": 13, "out": str(tmp_path)}
+    (counts,) = evaluate.main(evaluate.Config(runs=(str(toy_run),), keep_correct=file, **flags))
+    assert counts == {"sampled": 28, "right": 21, "kept": 7}
     assert asked == problems  # of the training split, each once
-    assert load_problems("gsm8k", "train", file) == problems
 
     real = warmup.encode_examples
     monkeypatch.setattr(warmup, "encode_examples", lambda *args: said.append(real(*args)) or said[-1])
+    monkeypatch.setattr("evaluate.grade", grade)
     data = {"task": "gsm8k", "data": file, "test_data": file, "max_new_tokens": 4}
     warmup.main(warmup.Config(model=str(toy_run), out=str(tmp_path / "warmup"), steps=1, batch=2, **data))
-    _, tokenizer, (eos,) = load(toy_run, None, None)
-    expected = [tokenizer(make_prompt(p)).input_ids + tokenizer(make_target(p)).input_ids + [eos] for p in problems]
+    model = load(toy_run, None, None)
+    ids = [model.tokenizer(text).input_ids for p in problems for text in (make_prompt(p), make_target(p))]
+    expected = [prompt + target + model.eos_ids for prompt, target in zip(ids[::2], ids[1::2], strict=True)]
     assert [prompt + target for prompt, target in said[0]] == expected
 
 
@@ -362,7 +357,7 @@ def test_keep_correct_samples_do_not_depend_on_max_rows(toy_run, tmp_path, monke
     texts = {}
     for max_rows in (3, 100):
         rows = texts.setdefault(max_rows, [])
-        monkeypatch.setattr("rollout.grade", lambda *args, rows=rows: rows.extend((g := grade(*args)).texts) or g)
+        monkeypatch.setattr("evaluate.grade", lambda *args, rows=rows: rows.extend((g := grade(*args)).texts) or g)
         flags = {"keep_correct": str(tmp_path / "x"), "limit": 5, "samples": 2, "max_new_tokens": 6, "dtype": "float64"}
-        main(Config(model=str(toy_run), max_rows=max_rows, **flags))
+        evaluate.main(evaluate.Config(runs=(str(toy_run),), out=str(tmp_path), max_rows=max_rows, **flags))
     assert texts[3] == texts[100] and len(set(texts[3])) > 5

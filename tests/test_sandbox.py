@@ -79,53 +79,13 @@ NUMBERS = {
     "sympy.solve(sympy.Symbol('x') * 2 - 7)[0]": "7/2",
     "sympy.integrate(sympy.Symbol('x') ** 2, (sympy.Symbol('x'), 0, 3))": "9",
 }
-NO_NUMBERS = [
-    "None",
-    "True",
-    "(1==1)",
-    "'forty'",
-    "'42'",
-    "''",
-    "b'42'",
-    "1j",
-    "complex(42)",
-    "[42]",
-    "(42,)",
-    "{42}",
-    "{42:42}",
-    "range(3)",
-    "object()",
-    "int",
-    "math",
-    "print",
-    "(i+for+i+in+[4])",
-    "float('nan')",
-    "float('inf')",
-    "-float('inf')",
-    "1e400",
-    "10**256",
-    "10**5000",
-    "Decimal('nan')",
-    "Decimal('sNaN')",
-    "Decimal('-Infinity')",
-    "Decimal('1E+5000')",
-    "Fraction(10**300,7)",
-    "numpy.bool_(True)",
-    "numpy.array(42)",
-    "numpy.array([42])",
-    "numpy.nan",
-    "numpy.inf",
-    "numpy.complex128(1)",
-    "sympy.nan",
-    "sympy.oo",
-    "sympy.zoo",
-    "sympy.I",
-    "sympy.true",
-    "sympy.Symbol('x')",
-    "sympy.Symbol('x')+1",
-    "[sympy.Integer(1)]",
-    "datetime.timedelta(1)",
-]
+NO_NUMBERS = [text.replace("~", " ") for text in (
+    "None True (1==1) 'forty' '42' '' b'42' 1j complex(42) [42] (42,) {42} {42:42} range(3) object() int math print "
+    "(i~for~i~in~[4]) float('nan') float('inf') -float('inf') 1e400 10**256 10**5000 Decimal('nan') Decimal('sNaN') "
+    "Decimal('-Infinity') Decimal('1E+5000') Fraction(10**300,7) numpy.bool_(True) numpy.array(42) numpy.array([42]) "
+    "numpy.nan numpy.inf numpy.complex128(1) sympy.nan sympy.oo sympy.zoo sympy.I sympy.true sympy.Symbol('x') "
+    "sympy.Symbol('x')+1 [sympy.Integer(1)] datetime.timedelta(1)"
+).split()]  # fmt: skip
 
 
 def expression(text: str) -> str:
@@ -142,8 +102,7 @@ def test_kinds_of_numbers():
 
 
 def test_what_is_no_number_is_an_error():
-    programs = [expression(text.replace("+for+i+in+", " for i in ")) for text in NO_NUMBERS]
-    outcomes = dict(zip(NO_NUMBERS, execute(programs), strict=True))
+    outcomes = dict(zip(NO_NUMBERS, execute([expression(text) for text in NO_NUMBERS]), strict=True))
     assert outcomes == dict.fromkeys(NO_NUMBERS, Outcome("error", None))
 
 
@@ -167,16 +126,15 @@ HONEST_PROGRAMS = {
     + body("return (datetime.strptime('2024-03-05', '%Y-%m-%d') - datetime(2024, 2, 28)).days"),
     "sympy system": "from sympy import symbols, Eq, solve\n"
     + body("x, y = symbols('x y')\nreturn solve([Eq(x + y, 10), Eq(x - y, 2)], [x, y])[x]"),
-    "sympy inequality": "import sympy\n"
-    + body("x = sympy.Symbol('x')\nreturn len(str(sympy.solve(x**2 < 4, x))) // 3"),
+    "sympy sums and matrices": "from sympy import *\n"
+    + body(
+        "x = Symbol('x', integer=True, positive=True)\n"
+        "assert factorint(12) == {2: 2, 3: 1} and Matrix([[1, 2], [3, 4]]).det() == -2 and nsolve(cos(x) - x, 1) < 1\n"
+        "return summation(x, (x, 1, 3))"
+    ),
     "a short sleep": body("import time\ntime.sleep(0.01)\nreturn 6"),
     "an unused escape": body(r"s = '\d'; return 6"),
 }
-HONEST_PROGRAMS["sympy inequality"] = "from sympy import *\n" + body(
-    "x = Symbol('x', integer=True, positive=True)\n"
-    "assert factorint(12) == {2: 2, 3: 1} and Matrix([[1, 2], [3, 4]]).det() == -2 and nsolve(cos(x) - x, 1) < 1\n"
-    "return summation(x, (x, 1, 3))"
-)
 
 
 @pytest.mark.parametrize("name", HONEST_PROGRAMS)
@@ -411,7 +369,7 @@ def solution():
     decimal.getcontext().prec = 1
     sys.setrecursionlimit(10**6)
     sys.modules["math"] = sys.modules["re"] = None
-    __main__.call_solution = __main__.number_text = lambda *_: "99"
+    __main__.call_solution = __main__.result_text = lambda *_: "99"
     __main__.STATUSES = ()
     return 1
 """
@@ -548,27 +506,8 @@ def test_refusal_and_unsafe(seccomp, new_servers, monkeypatch, tmp_path):
         execute([HONEST])
 
 
-def test_without_fork(new_servers, monkeypatch, tmp_path):
-    """As on Windows."""
-    shim = (
-        f"import os, runpy, sys\ndel os.fork\nsys.path[0] = {str(ROOT)!r}\n"
-        f"runpy.run_path({sandbox.__file__!r}, run_name='__main__')"
-    )
-    (tmp_path / "shim.py").write_text(shim)
-    monkeypatch.delattr(os, "fork")
-    monkeypatch.setattr(sandbox, "seccomp_filter", lambda: b"")
-    monkeypatch.setattr(sandbox, "__file__", str(tmp_path / "shim.py"))
-    programs = [HONEST, body("print(42)\nraise SystemExit"), body("return 7"), body("import os; os._exit(0)")]
-    assert [tuple(outcome) for outcome in execute(programs, unsafe=True)] == [
-        ("ok", "44"),
-        ("error", None),
-        ("ok", "7"),
-        ("killed", None),
-    ]
-
-
-def test_number_text_is_small_enough_for_a_reply():
-    assert sandbox.number_text(-(10**253)) == str(-(10**253))
+def test_result_text_is_small_enough_for_a_reply():
+    assert sandbox.result_text(-(10**253)) == str(-(10**253))
     for value in (10**255, -math.inf, math.nan, "42", None, True):
         with pytest.raises((ValueError, TypeError, AttributeError)):
-            sandbox.number_text(value)
+            sandbox.result_text(value)

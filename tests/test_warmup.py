@@ -12,11 +12,11 @@ from evaluate import read_metrics
 from model import load
 from reward import InputError, load_problems
 from rollout import token_logp
-from warmup import batch_indices, collate, encode_examples, micro_batches, next_command
+from warmup import Run, batch_indices, collate, encode_examples, micro_batches
 
 
 def weights(run, dtype="float64"):
-    return list(load(run, None, dtype)[0].parameters())
+    return list(load(run, None, dtype).parameters())
 
 
 def train(out, **flags):
@@ -25,14 +25,14 @@ def train(out, **flags):
 
 
 def test_the_loss_counts_the_completion_with_eos_and_nothing_else(toy_run, tmp_path):
-    model, tokenizer, (eos,) = load(toy_run, None, "float64")
+    model = load(toy_run, None, "float64")
     problems = load_problems("toy", "train", limit=3)
-    examples = encode_examples(problems, tokenizer, model, [eos], warmup.Config())
+    examples = encode_examples(problems, model, warmup.Config())
     tokens, lengths, mask = collate(examples, "cpu")
     for n, (prompt, completion) in enumerate(examples):
-        assert tokens[n, 1:][mask[n]].tolist() == completion and completion[-1] == eos
+        assert tokens[n, 1:][mask[n]].tolist() == completion and completion[-1:] == model.eos_ids
         assert tokens[n, : lengths[n]].tolist() == prompt + completion
-        text = tokenizer.decode(completion[:-1])
+        text = model.tokenizer.decode(completion[:-1])
         assert text == f"{problems[n].cot}\nTherefore, the answer is: {problems[n].answer}"
     with torch.no_grad():
         logp = token_logp(model.logits(model(tokens))[:, :-1], tokens[:, 1:])
@@ -61,7 +61,7 @@ def test_layer_dropout_trains_nested_models_in_its_share_of_batches(tmp_path, mo
     real = warmup.Decoder.forward
     spy = lambda self, t, skip=None, *a, **k: masks.append(skip) or real(self, t, skip, *a, **k)  # noqa: E731
     monkeypatch.setattr(warmup.Decoder, "forward", spy)
-    train(tmp_path, steps=60, layer_dropout=0.5, limit=40)
+    train(tmp_path, steps=60, layer_dropout=0.5, limit=40, micro_batch=32)  # one pass a step
     skips = [mask for mask in masks[:60] if mask is not None]
     assert 20 < len(skips) < 40
     assert all(int(skip.sum()) == 2 for skip in skips) and len({tuple(skip.tolist()) for skip in skips}) > 5
@@ -97,16 +97,20 @@ def test_pretrained_checkpoints_continue_training(toy_run, tmp_path):
     assert sum(changed) > len(changed) / 2
 
 
-def test_the_next_command_carries_the_flags_of_this_run(toy_run):
-    assert next_command(warmup.Config()) == "python rl.py --skip-ratio 0.25"
-    config = warmup.Config(model=str(toy_run), out="runs/x", task="svamp", data="a.jsonl", engine="nl")
-    assert next_command(config) == "python rl.py --skip-ratio 0.1 --model runs/x --task svamp --data a.jsonl"
+def test_the_next_command_carries_the_flags_of_this_run(toy_run, tmp_path, capsys):
+    warmup.main(warmup.Config(out=str(tmp_path / "toy"), steps=1, limit=4))
+    assert f"next: python rl.py --skip-ratio 0.25 --model {tmp_path / 'toy'}\n" in capsys.readouterr().out
+    data, out = tmp_path / "a.jsonl", tmp_path / "svamp"
+    data.write_text('{"question": "1 + 1?", "answer_cot": "1 + 1 = 2.", "answer_value": "2"}\n')
+    flags = {"task": "svamp", "data": str(data), "test_data": str(data), "max_new_tokens": 4, "steps": 1}
+    warmup.main(warmup.Config(model=str(toy_run), out=str(out), **flags))
+    command = f"python rl.py --skip-ratio 0.1 --model {out} --task svamp --data {data} --test-data {data}\n"
+    assert f"next: {command}" in capsys.readouterr().out  # without layer dropout nested models are much worse
 
 
 def test_checkpoints_on_the_way_can_be_opened(tmp_path, monkeypatch):
-    saved = []
-    real = warmup.save_checkpoint
-    monkeypatch.setattr(warmup, "save_checkpoint", lambda out, *rest: real(out, *rest) or saved.append(weights(out)))
+    saved, real = [], Run.save
+    monkeypatch.setattr(Run, "save", lambda run: real(run) or saved.append(weights(run.out)))
     train(tmp_path, steps=5, save_every=2)
     assert len(saved) == 3  # after 2, 4 and at the end
     assert not torch.equal(saved[0][0], saved[1][0]) and not torch.equal(saved[1][0], saved[2][0])
