@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from model import Decoder, load, named_in_errors, rank, read_json, write_json
-from reward import TASKS, InputError, Problem, load_problems
+from reward import TASKS, InputError, Problem, load_problems, make_target
 from rollout import SharedConfig, encode_prompts, flag, grade, prompt_seeds, run_script, sample
 
 
@@ -126,7 +126,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 def keep_correct(model: Decoder, config: Config) -> dict[str, int]:
     """Offline self-training (ReFT, section 4.2): right completions of the training problems, rows in ReFT's schema.
 
-    Equal completions of a problem are kept once. The file is put in place when it is whole. Returns the counts.
+    Equal ones are kept once, and only what warm-up would learn as it stands: a box, ReFT's last line, or a program.
     """
     problems = load_problems(config.task, "train", config.data, config.limit, config.engine)
     prompts, sampling = encode_prompts(problems, model, config, config.max_new_tokens), config.sampling(model)
@@ -139,13 +139,14 @@ def keep_correct(model: Decoder, config: Config) -> dict[str, int]:
             rollout = sample(model, prompts[part], num_samples=config.samples, seed=seeds[part], **sampling)
             grades = grade(rollout, problems[part], model, config)
             right = [n for n, outcome in enumerate(grades.outcomes) if outcome == "right"]
-            kept = dict.fromkeys((first + n // config.samples, grades.texts[n]) for n in right)
-            for i, text in kept:
-                row = {"item_id": f"{config.task}_{i}", "question": problems[i].question, "answer_cot": text}
-                lines.write(json.dumps(row | {"answer_value": problems[i].answer}) + "\n")
-            counts.update(sampled=len(grades.texts), right=len(right), kept=len(kept))
+            counts.update(sampled=len(grades.texts), right=len(right))
+            for i, text in dict.fromkeys((first + n // config.samples, grades.texts[n]) for n in right):
+                if make_target(replace(problems[i], cot=text), config.engine) == text:
+                    counts["kept"] += 1
+                    row = {"item_id": f"{config.task}_{i}", "question": problems[i].question, "answer_cot": text}
+                    lines.write(json.dumps(row | {"answer_value": problems[i].answer}) + "\n")
     os.replace(new, file) if rank() == 0 else new.unlink()
-    print(f"{file}: {counts['right']} of {counts['sampled']} completions are right, {counts['kept']} of them different")
+    print(f"{file}: {counts['right']} of {counts['sampled']} completions are right, {counts['kept']} of them kept")
     return dict(counts)
 
 

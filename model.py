@@ -28,10 +28,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from reward import InputError
 
+logging.disable_progress_bar()  # of every load and save
+logging.set_verbosity_error()  # `from_pretrained` raises what matters
 OPT_OFFSET = 2  # OPT keeps two unused rows at the start of its position table
 
 
@@ -64,20 +66,17 @@ class ModelConfig:
 def read_config(hf: PreTrainedConfig) -> ModelConfig:
     """Translate a Hugging Face config; raises InputError for any feature that this decoder would silently leave out."""
 
-    if hf.model_type not in ("llama", "qwen2", "qwen3", "opt"):
-        raise InputError(f"unknown architecture {hf.model_type!r}; supported model types: llama, qwen2, qwen3, opt")
     opt, rope = hf.model_type == "opt", getattr(hf, "rope_parameters", None) or {}
     activation = hf.activation_function if opt else hf.hidden_act
     unsupported = {
         "quantization_config": getattr(hf, "quantization_config", None),
-        f"activation {activation!r}": activation not in ACT2FN,
+        f"activation {activation!r}": activation not in ("silu", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh"),
         "do_layer_norm_before=False": opt and not hf.do_layer_norm_before,
         "word_embed_proj_dim unlike hidden_size": opt and hf.word_embed_proj_dim != hf.hidden_size,
         "_remove_final_layer_norm=True": opt and hf._remove_final_layer_norm,
         f"rope_type={rope.get('rope_type')!r}": rope.get("rope_type", "default") not in ("default", "llama3"),
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
-        "sliding-window attention (use_sliding_window=True)": "sliding_attention"
-        in (getattr(hf, "layer_types", 0) or ()),
+        "sliding-window attention": {*(getattr(hf, "layer_types", None) or ())} - {"full_attention"},
     }
     for feature in (feature for feature, present in unsupported.items() if present):
         raise InputError(f"{hf.model_type} config: {feature} is not supported by model.py; use a checkpoint without it")
@@ -328,12 +327,16 @@ class Decoder(nn.Module):
     @classmethod
     def from_pretrained(cls, source: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> "Decoder":
         """Read a Hugging Face directory or hub id; `value_head.pt` too where there is one, else V_phi = 0."""
-        with named_in_errors(source):
+        with named_in_errors(f"{source}, config.json"):
+            raw, _ = PreTrainedConfig.get_config_dict(source)
+            if (kind := raw.get("model_type")) not in ("llama", "qwen2", "qwen3", "opt"):
+                raise InputError(f"{source}: unknown architecture {kind!r}; supported: llama, qwen2, qwen3, opt")
             hf_config = AutoConfig.from_pretrained(source)
             config = read_config(hf_config)  # refused before the weights are read
-            # transformers fills in a default where config.json has no such id
-            hf_config.eos_token_id = PreTrainedConfig.get_config_dict(source)[0].get("eos_token_id")
-            hf, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+            hf_config.eos_token_id = raw.get("eos_token_id")  # transformers fills in a default
+        with named_in_errors(f"{source}, model.safetensors or what stands for it"):
+            how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below
+            hf, report = AutoModelForCausalLM.from_pretrained(source, **how)
             found = {name: cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in COPIED}
             head = cached_file(source, "value_head.pt", _raise_exceptions_for_missing_entries=False)
         if wrong := {kind: sorted(map(str, names)) for kind, names in report.items() if names}:
@@ -364,6 +367,8 @@ class Decoder(nn.Module):
         if rope := self.config.rope:  # transformers 5 writes rope_parameters only; older readers look for these
             old = {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else rope}
             write_json(Path(folder) / "config.json", read_json(Path(folder) / "config.json") | old)
+        for file in Path(folder).glob("*.safetensors"):  # which only their owner could read
+            file.chmod((Path(folder) / "config.json").stat().st_mode)
         for name, content in self.files.items():  # as they came: written anew, older readers could not open them
             (Path(folder) / name).write_bytes(content)
         head = {name: weights[f"value_head.{name}"].clone() for name in ("weight", "bias")}
@@ -431,11 +436,12 @@ def load(source: str | Path, device: str | None, dtype: str | None) -> Decoder:
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     decoder = Decoder.from_pretrained(source, torch.float64 if dtype == "float64" else torch.float32, device)
     decoder.autocast = dtype == "bfloat16"
-    with named_in_errors(source):
+    with named_in_errors(f"{source}, tokenizer.json"):
         decoder.tokenizer = tokenizer = AutoTokenizer.from_pretrained(source)
     # added tokens may lie beyond the embedding (CodeLlama's <FILL_ME>): few texts hold one
     if not 1 < tokenizer.vocab_size <= decoder.config.vocab_size:
-        raise InputError(f"{source}: {tokenizer.vocab_size} tokens, {decoder.config.vocab_size} rows in the embedding")
+        rows = decoder.config.vocab_size
+        raise InputError(f"{source}: tokenizer of {tokenizer.vocab_size} tokens, embedding of {rows} rows")
     generation = json.loads(decoder.files.get("generation_config.json", b"{}"))
     for ids in (generation.get("eos_token_id"), decoder.hf_config.eos_token_id, tokenizer.eos_token_id):
         if ids is not None:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from model import Decoder, load, sample_skip, shard, total
-from reward import InputError, Problem, load_problems
+from reward import InputError, load_problems
 from rollout import OUTCOMES, Grades, Rollout, encode_prompts, flag, grade, run_script, sample, token_logp
 from warmup import Run, TrainConfig, batch_indices, encode_examples, fingerprint, micro_batches, supervised_step
 
@@ -225,7 +225,7 @@ def ppo_update(run: Run, rollout: Rollout, batch_tensors: tuple[Tensor, ...], ba
 
 def self_training_update(run: Run, examples: list, batches: Iterator) -> dict[str, float]:
     """Step 6 of main for online self-training (ReFT, section 4.2): eq. (1) on (prompt, completion) pairs, if any."""
-    steps = [supervised_step(run, [examples[n] for n in rows], lr) for rows, lr in batches]
+    steps = [supervised_step(run, [examples[n] for n in rows], lr) for rows, lr in batches if len(rows)]
     losses, grad_norms = zip(*steps, strict=True) if steps else ((0.0,), (0.0,))
     means = {"policy_loss": sum(losses) / len(losses), "grad_norm": sum(grad_norms) / len(grad_norms)}
     return means | {"value_loss": 0.0, "clip_fraction": 0.0}
@@ -242,8 +242,8 @@ def main(config: Config) -> dict:
     sample_skip(num_layers, config.skip_ratio)  # refuses a ratio that leaves no inner layer
     prompts = encode_prompts(problems, model, config, config.max_new_tokens)
     annotated = encode_examples(problems, model, config) if config.objective == "self-training" else []
-    marks = fingerprint(problems, reference)
-    run = Run("rl", config, model, marks, config.steps, level=config.skip_ratio * num_layers)
+    level = config.skip_ratio * num_layers  # layers to skip; moves with --target-kl-behav
+    run = Run("rl", config, model, fingerprint(problems, reference), config.steps, level=level)
     freeze(reference)
 
     for step in run.steps():
@@ -304,7 +304,9 @@ def main(config: Config) -> dict:
         }
         if config.target_kl_behav is not None:
             run.state["level"] = next_level(run.state["level"], numbers["kl_behav"], config.target_kl_behav, num_layers)
-        run.record(numbers, chosen, [transcript(grades, batch, n) for n in (0, -1)], warnings(numbers))
+        said = "reward {:g}, gold {}\n{}\n>>> {}\n"
+        texts = [said.format(reward[n], batch[n].answer, batch[n].question, grades.texts[n]) for n in (0, -1)]
+        run.record(numbers, chosen, texts, warnings(numbers))
 
     curves = ("reward", "accuracy", "length", "kl_ref", "kl_behav", "entropy", "greedy_accuracy")
     return run.finish(curves, f"python evaluate.py {config.model} {config.out}")
@@ -348,12 +350,6 @@ def warnings(numbers: dict) -> Iterator[tuple[str, str]]:
         yield "mu", f"{far}: skip fewer layers (--skip-ratio), or warm up with --layer-dropout"
 
 
-def transcript(grades: Grades, batch: list[Problem], n: int) -> str:
-    """A completion as samples.txt shows it."""
-    problem = batch[n // (len(grades.texts) // len(batch))]
-    return f"reward {grades.rewards[n]:g}, gold {problem.answer}\n{problem.question}\n>>> {grades.texts[n]}\n"
-
-
 def mismatch(logp_old: Tensor, logp_behav: Tensor, mask: Tensor, cap: float, reward: Tensor) -> dict[str, float]:
     """How far mu is from pi_old in this batch, raw: before any cap. Tensors (N, T-1), reward (N,).
 
@@ -362,16 +358,13 @@ def mismatch(logp_old: Tensor, logp_behav: Tensor, mask: Tensor, cap: float, rew
     """
     log_rho = torch.where(mask, logp_old - logp_behav, 0.0).double()  # (N, T-1)
     rho, sequence = log_rho[mask].exp(), log_rho.sum(1).exp()  # (tokens,), (N,)
-    p1, p50, p99 = torch.quantile(log_rho[mask], log_rho.new_tensor([0.01, 0.5, 0.99])).tolist()
+    levels = {"min": 0.0, "p1": 0.01, "p50": 0.5, "p99": 0.99, "max": 1.0}
+    quantiles = torch.quantile(log_rho[mask], log_rho.new_tensor([*levels.values()])).tolist()
     return {
         "kl_behav": (rho - 1 - log_rho[mask]).mean().item(),  # never negative, of low variance (k3); healthy below .05
         "kl_behav_k1": -log_rho[mask].mean().item(),  # the same, plainly
         "entropy": -(rho * logp_old[mask]).mean().item(),  # falls slowly; near 0 nothing is explored any more
-        "log_ratio_min": log_rho[mask].min().item(),  # of log pi_old - log mu, as the next four
-        "log_ratio_p1": p1,
-        "log_ratio_p50": p50,
-        "log_ratio_p99": p99,
-        "log_ratio_max": log_rho[mask].max().item(),
+        **{f"log_ratio_{name}": x for name, x in zip(levels, quantiles, strict=True)},  # of log pi_old - log mu
         "above_cap": (rho > cap).double().mean().item(),  # share of tokens that --cap cuts
         "ess_tokens": (rho.mean() ** 2 / (rho**2).mean()).item(),  # 1 on-policy; below .5 half of the batch is wasted
         "ess_sequences": (sequence.mean() ** 2 / (sequence**2).mean()).item(),  # what prefix has to work with
@@ -383,8 +376,7 @@ def mismatch(logp_old: Tensor, logp_behav: Tensor, mask: Tensor, cap: float, rew
 def next_level(level: float, kl_behav: float, target: float, num_layers: int) -> float:
     """--target-kl-behav: the number of layers to skip next, a real number that is rounded when the mask is drawn.
 
-    Half a layer up or down at most, by the logarithm of target / KL, so that the geometric mean of the KL comes to rest at
-    the target. Without skipped layers KL is 0 and the level rises.
+    Half a layer up or down at most, by log(target / KL): the geometric mean of the KL comes to rest at the target.
     """
     error = math.log(target / max(kl_behav, 1e-9))
     return min(max(level + 0.5 * min(max(error, -1.0), 1.0), 0.0), max(num_layers - 3.0, 0.0))

@@ -140,7 +140,7 @@ def sample(
         emit(hidden[:, 0], row[:rows])
 
     def admit(new: list[int]):
-        """Rows take the next slots: a prompt runs once for all its samples, its keys and values are copied."""
+        """Rows take the next slots: a prompt runs once for those of its samples, its keys and values are copied."""
         unique, copies = torch.tensor([n // num_samples for n in new], device=device).unique(return_inverse=True)
         row[R : R + len(new)] = new = torch.tensor(new, device=device)
         width = int(prompt_lens[new].max())
@@ -211,9 +211,8 @@ def exact_kl_behav(model: Decoder, rollout: Rollout) -> Tensor:
     kl = []
     for n, length in enumerate(rollout.lengths.tolist()):  # one by one: (actions, vocab) can be large
         tokens, mask = rollout.tokens[n : n + 1, :length], rollout.action_mask[n : n + 1, : length - 1]
-        log_mu, log_pi = (
-            model.logits(model(tokens, skip)[:, :-1][mask]).log_softmax(-1) for skip in (rollout.skip, None)
-        )  # (actions, vocab) each
+        logits = (model.logits(model(tokens, skip)[:, :-1][mask]) for skip in (rollout.skip, None))
+        log_mu, log_pi = (x.log_softmax(-1) for x in logits)  # (actions, vocab) each
         kl.append((log_mu.exp() * (log_mu - log_pi)).sum(-1))  # (actions,)
     return torch.cat(kl)
 
@@ -339,7 +338,7 @@ class SharedConfig:
     unsafe_exec: bool = flag(False, "run model-written programs even where the system cannot hold them back")
     max_new_tokens: int | None = flag(None, "longest completion in tokens (default: 64 for toy, else 400)")
     max_rows: int = flag(512, "completions sampled at a time; lower it to save memory, the samples stay")
-    device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)")
+    device: Literal["cpu", "cuda"] | None = flag(None, "default: cuda where there is one")
     dtype: Literal["float32", "float64", "bfloat16"] | None = flag(None, "default: bfloat16 on cuda, else float32")
 
     def __post_init__(self):
@@ -349,6 +348,9 @@ class SharedConfig:
                 value = getattr(self, name, None)
                 if value is not None and not (low <= value <= high and math.isfinite(value)):
                     raise InputError(f"--{name.replace('_', '-')} is {value}, it must be between {low:g} and {high:g}")
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("--device is cuda, but torch finds no CUDA here; take cpu, or a torch built for CUDA")
         if self.engine == "python":
             execute(["def solution(): return 1"], self.unsafe_exec)  # refused here, not after an hour of training
         if self.max_new_tokens is None and self.task:  # ReFT: 700 tokens of which at most 300 are the prompt
@@ -402,10 +404,7 @@ class Config(SharedConfig):
 
 
 def main(config: Config) -> dict[str, tuple[Grades, float, float]]:
-    """Sample with pi and with mu from the same noise; print some completions side by side, then what skipping does.
-
-    Returns grades, tokens/s and the exact KL per token of both.
-    """
+    """Print completions of pi and mu from the same noise; returns grades, tokens/s and exact KL per token of both."""
     model = load(config.model, config.device, config.dtype)
     problems = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
     prompts = encode_prompts(problems, model, config, config.max_new_tokens)

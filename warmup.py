@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,7 +105,10 @@ def main(config: Config) -> dict:
         tokens = sum(len(prompt) + len(completion) for prompt, completion in batch)
         speed = tokens / (time.perf_counter() - run.started)
         run.record({"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}, chosen)
-    return run.finish(("loss", "greedy_accuracy"), f"python rl.py --skip-ratio 0.25 --model {config.out}")
+    given = [(name, getattr(config, name)) for name in ("task", "engine", "prompt_style", "data", "test_data")]
+    flags = "".join(f" --{k.replace('_', '-')} {v}" for k, v in given if v not in ("toy", "nl", "auto", None))
+    ratio = DROPPED_SHARE if config.layer_dropout else 0.1
+    return run.finish(("loss", "greedy_accuracy"), f"python rl.py --skip-ratio {ratio} --model {config.out}{flags}")
 
 
 def toy_model(config: Config, problems: list[Problem]) -> Decoder:
@@ -130,8 +133,7 @@ def toy_model(config: Config, problems: list[Problem]) -> Decoder:
     model = Decoder(LlamaConfig(**sizes, **ids))
     model.autocast, model.tokenizer, model.eos_ids = config.dtype == "bfloat16", tokenizer, [tokenizer.eos_token_id]
     model.files = {"tokenizer.json": bpe.to_str().encode(), "tokenizer_config.json": json.dumps(kind).encode()}
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device, torch.float64 if config.dtype == "float64" else torch.float32)
+    return model.to(config.device, torch.float64 if config.dtype == "float64" else torch.float32)
 
 
 def encode_examples(problems: list[Problem], model: Decoder, config: SharedConfig) -> list[tuple[list[int], list[int]]]:
@@ -215,7 +217,9 @@ class Run:
     `state` is what trainer.pt holds besides weights and Adam's moments: plain numbers that move from step to step.
     """
 
-    def __init__(self, stage: str, config: TrainConfig, model: Decoder, marks: list[int], steps: int, *adam, **state):
+    def __init__(
+        self, stage, config: TrainConfig, model: Decoder, marks, steps, weight_decay=0.0, beta2=0.999, **state
+    ):
         """Resume from --out with --resume, where there is a run; else start. Nothing is written if anything is refused."""
         self.config, self.model, self.last, self.out = config, model, steps, Path(config.out)
         self.tests = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
@@ -224,18 +228,23 @@ class Run:
         self.fixed = {"stage": stage, "config": asdict(config), "marks": marks}
         self.state = {"step": 0, "seconds": 0.0, "bad_in_a_row": 0, "warned": [], **state}
         saved = self.read()
+        gather(None)  # nobody writes before all have looked
         if saved:
             model.load_state_dict(saved["weights"])
             self.state = saved["state"]
         shard(model)
-        self.optimizer = make_optimizer(model, *adam)
+        # AdamW over fp32 (or float64) master weights; biases and norms do not decay
+        weights = [p for p in model.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in weights if p.dim() >= 2], "weight_decay": weight_decay}]
+        groups += [{"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, beta2), fused=True)
         if saved:
             set_optimizer_state_dict(model, self.optimizer, saved["optimizer"], options=WHOLE)
         make_folder(config.out)
         if rank() == 0:
             self.cut_logs(saved["log_sizes"] if saved else {})
             write_json(self.out / "run.json", asdict(config))
-        self.stop = []  # the signal that asked for the end
+        self.stop, self.left_out = [], 0  # the signal that asked for the end; updates of a step that were not finite
 
     def read(self) -> dict | None:
         """trainer.pt, with --resume and where there is one. InputError if --out holds anything that would be lost.
@@ -301,8 +310,9 @@ class Run:
 
     def stopped(self) -> bool:
         """Was any process asked to stop? From here on all of them know."""
-        self.stop += [number for numbers in gather(list(self.stop)) for number in numbers if not self.stop]
-        return bool(self.stop)
+        heard = [number for numbers in gather(list(self.stop)) for number in numbers]
+        self.stop = heard[:1] or self.stop
+        return bool(heard)  # not `self.stop`: a signal may have come since, to this process alone
 
     def update(self, lr: float) -> float:
         """Clip the gradient to norm 1, step, clear; returns the norm before clipping.
@@ -316,18 +326,19 @@ class Run:
                 group["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad()
+        self.left_out += not finite
         return grad_norm if finite else math.nan
 
-    def record(self, numbers: dict, problems: list[int], texts: Sequence[str] = (), warnings: Iterable = ()):
+    def record(self, numbers: dict, problems: list[int], texts: Iterable[str] = (), warnings: Iterable = ()):
         """A line of metrics.jsonl, the bar, a checkpoint; bad numbers are counted and their problems written down.
 
         texts: for samples.txt, every fifth step. warnings: (kind, text); of each kind the first one is printed.
         """
         seconds, state, config = time.perf_counter() - self.started, self.state, self.config
         state["step"], state["seconds"] = state["step"] + 1, state["seconds"] + seconds
-        step, bad = state["step"], not math.isfinite(numbers["grad_norm"])
+        step, bad, self.left_out = state["step"], self.left_out, 0
         state["bad_in_a_row"] = state["bad_in_a_row"] + 1 if bad else 0
-        line = {"step": step, "seconds": state["seconds"], **numbers, "nonfinite_updates": int(bad)}
+        line = {"step": step, "seconds": state["seconds"], **numbers, "nonfinite_updates": bad}
         line["peak_memory_gb"] = peak_memory(self.model.embed.weight.device)
         if config.eval_every and step % config.eval_every == 0:
             line["greedy_accuracy"] = evaluate(self.model, self.tests, config)["greedy_accuracy"]
@@ -388,7 +399,7 @@ class Run:
                 f"{out}: loss or gradient was not finite in {BAD_IN_A_ROW} batches in a row, the last one step "
                 f"{state['step']}; look at the problems in bad_batches.jsonl, try a lower --lr or --dtype float32"
             )
-        if self.stop:
+        if self.stopped():
             words = [*sys.argv, *(() if "--resume" in sys.argv else ("--resume",))]
             start = "python" if world_size() == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
             print(f"stopped after step {state['step']}, saved in {out}; go on with: {start} {shlex.join(words)}")
@@ -404,14 +415,6 @@ class Run:
             f"checkpoint: {out}    next: {then}"
         )
         return result
-
-
-def make_optimizer(model: Decoder, weight_decay: float = 0.0, beta2: float = 0.999) -> torch.optim.AdamW:
-    """AdamW over fp32 (or float64) master weights; biases and norms do not decay."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in weights if p.dim() >= 2], "weight_decay": weight_decay}]
-    groups += [{"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, beta2), fused=True)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,8 @@ import torch
 
 PROJECT = Path(__file__).parent.parent
 FLAGS = "--skip-ratio 0.25 --target-kl-behav 0.02 --rollout-batch 16 --minibatch 8 --max-new-tokens 24 --samples 2"
-TIMES = (
-    "seconds",
-    "rollout_seconds",
-    "update_seconds",
-    "rollout_tokens_per_second",
-    "tokens_per_second",
-    "peak_memory_gb",
-)
+TIMES = {"seconds", "rollout_seconds", "update_seconds", "rollout_tokens_per_second", "tokens_per_second"}
+TIMES |= {"peak_memory_gb"}
 
 
 def script(name: str, *argv) -> subprocess.Popen:
@@ -41,14 +35,15 @@ def script(name: str, *argv) -> subprocess.Popen:
 
 
 def state(run: Path) -> dict:
-    """What must be equal in two runs of rl.py: weights, optimizer, counters, samples, metrics without times and memory."""
+    """What must be equal in two runs: weights, optimizer, counters, samples, metrics without times and memory."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     trainer = torch.load(run / "trainer.pt", weights_only=True)
     return {
         "weights": (run / "model.safetensors").read_bytes(),
         "value head": (run / "value_head.pt").read_bytes(),
+        "trainer's weights": {name: weight.tolist() for name, weight in trainer["weights"].items()},
         "optimizer": {(i, k): v.tolist() for i, m in trainer["optimizer"]["state"].items() for k, v in m.items()},
-        "counters": {name: trainer[name] for name in ("step", "level", "warned", "bad_in_a_row")},
+        "counters": {name: value for name, value in trainer["state"].items() if name not in TIMES},
         "samples": (run / "samples.txt").read_text(),
         "metrics": [{k: v for k, v in record.items() if k not in TIMES} for record in records],
     }
@@ -68,7 +63,7 @@ def soak(folder: Path, minutes: float, longest: float = 20.0) -> Counter:
         code = run.wait()
         assert code in (-number, 128 + number), f"left with {code} after {number.name}"
         hits[number.name] += 1
-    steps = torch.load(disturbed / "trainer.pt", weights_only=True)["step"]
+    steps = torch.load(disturbed / "trainer.pt", weights_only=True)["state"]["step"]
     assert script("rl.py", *flags, "--out", disturbed, "--steps", steps, "--resume").wait() == 0  # cuts the logs
     assert script("rl.py", *flags, "--out", quiet, "--steps", steps).wait() == 0
     expected = state(quiet)

@@ -14,15 +14,14 @@ import torch
 from families import random_hf_model
 from safetensors.torch import load_file
 from soak import PROJECT, TIMES
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 import evaluate
 import rl
 import rollout
 import warmup
 from evaluate import read_metrics
-from model import Decoder, load
-from processes import process_group, rank, shard, whole_model
-from reward import InputError
+from model import Decoder, load, process_group, rank, shard
 
 TINY = {"dtype": "float64", "limit": 40, "max_new_tokens": 12, "micro_batch": 3}
 
@@ -84,6 +83,7 @@ def numbers(run: Path) -> dict[str, torch.Tensor]:
     """Every weight, moment and metric that a run left behind."""
     trainer = torch.load(run / "trainer.pt", weights_only=True)
     found = load_file(run / "model.safetensors") | torch.load(run / "value_head.pt", weights_only=True)
+    found |= {f"resumed {name}": x for name, x in trainer["weights"].items()}
     for i, moments in trainer["optimizer"]["state"].items():
         found |= {f"{name} {i}": x for name, x in moments.items()}
     for record in read_metrics(run):
@@ -112,16 +112,18 @@ def alone(toy_run, tmp_path_factory):
 
 def note_shares(monkeypatch, folder: Path):
     """Let every process write down how many completions of each training batch it sampled, and how many ended."""
-    real = rollout.sample
+    real_sample, real_total, summed = rl.sample, rollout.total, []
 
     def noting(*args, **options):
-        share = real(*args, **options)
-        if options.get("num_samples") == 2:
-            with (folder / str(rank())).open("a") as file:
-                file.write(f"{len(share.finished)} {int(share.finished.sum())}\n")
-        return share
+        summed.clear()
+        batch = real_sample(*args, **options)
+        mine = summed[0].any(1)  # of the tokens before they are added up; (N,)
+        with (folder / str(rank())).open("a") as file:
+            file.write(f"{int(mine.sum())} {int(batch.finished[mine].sum())}\n")
+        return batch
 
-    monkeypatch.setattr(rollout, "sample", noting)
+    monkeypatch.setattr(rl, "sample", noting)
+    monkeypatch.setattr(rollout, "total", lambda x: summed.append(x) or real_total(x))
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -187,19 +189,25 @@ def test_a_run_resumes_with_another_number_of_processes(toy_run, alone, tmp_path
 
 
 def test_sigterm_at_one_process_stops_all_with_a_whole_checkpoint(toy_run, alone, tmp_path, monkeypatch):
-    real = rl.append_record
+    real = warmup.Run.append
 
-    def hit(file, record):
-        real(file, record)
+    def hit(*args):
+        real(*args)
         if rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(rl, "append_record", hit)
+    monkeypatch.setattr(warmup.Run, "append", hit)
     assert launch(3, lambda: reinforce(toy_run, tmp_path)) == [143] * 3
-    assert torch.load(tmp_path / "trainer.pt", weights_only=True)["step"] == 1
+    assert torch.load(tmp_path / "trainer.pt", weights_only=True)["state"]["step"] == 1
     monkeypatch.undo()
     reinforce(toy_run, tmp_path, resume=True)
     assert distance(alone / "rl", tmp_path) < 1e-10
+
+
+def test_no_process_finds_a_run_in_the_folder_that_another_one_has_just_begun(tmp_path, monkeypatch):
+    real = warmup.Run.read
+    monkeypatch.setattr(warmup.Run, "read", lambda run: time.sleep(rank()) or real(run))
+    assert launch(2, lambda: warm(tmp_path, steps=1)) == [0, 0]
 
 
 def test_a_loss_that_is_not_finite_on_one_process_changes_no_weight(toy_run, tmp_path, monkeypatch):
@@ -215,9 +223,9 @@ def test_a_loss_that_is_not_finite_on_one_process_changes_no_weight(toy_run, tmp
 
 def test_a_checkpoint_that_cannot_be_written_ends_all(toy_run, tmp_path, monkeypatch):
     def full(*args):
-        raise InputError("the disk is full")
+        raise OSError("the disk is full")
 
-    monkeypatch.setattr(warmup, "write_checkpoint", full)
+    monkeypatch.setattr(Decoder, "save_pretrained", full)
     assert launch(2, lambda: reinforce(toy_run, tmp_path)) == [1, 1]
 
 
@@ -239,12 +247,12 @@ def test_an_exception_in_one_process_ends_torchrun_with_its_message(toy_run, tmp
 
 
 def test_each_process_keeps_its_part_of_weights_gradients_and_moments(toy_run):
-    decoder, _, _ = load(toy_run, None, None)
+    decoder = load(toy_run, None, None)
     size = sum(p.numel() for p in decoder.parameters())
 
     def check():
         shard(decoder)
-        optimizer = warmup.make_optimizer(decoder)
+        optimizer = torch.optim.AdamW(decoder.parameters())
         hidden = decoder(torch.arange(48).view(4, 12))
         (decoder.logits(hidden).sum() + decoder.values(hidden).sum()).backward()
         optimizer.step()
@@ -268,9 +276,9 @@ def test_a_sharded_decoder_computes_and_saves_what_the_whole_one_does(tmp_path, 
     def check():
         shard(decoder)
         assert torch.equal(decoder.logits(decoder(tokens)), expected)
-        whole = whole_model(decoder)
+        weights = get_model_state_dict(decoder, options=warmup.WHOLE)  # on the first process
         if rank() == 0:
-            whole.save_pretrained(tmp_path / "two")
+            decoder.save_pretrained(tmp_path / "two", weights)
 
     assert launch(2, check) == [0, 0]
     for file in (tmp_path / "one").iterdir():

@@ -1,4 +1,4 @@
-"""evaluate.py: the estimators, and the table of several runs."""
+"""evaluate.py: the estimators, tables and groups of several runs, offline self-training."""
 
 import itertools
 import json
@@ -7,7 +7,11 @@ import shutil
 import pytest
 
 import evaluate
-from evaluate import majority_is_right, pass_at_k, powers_of_two, wilson
+import warmup
+from evaluate import compare_groups, majority_is_right, pass_at_k, print_table, wilson
+from model import load
+from reward import InputError, load_problems, make_prompt, make_target
+from rollout import Grades, grade
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
@@ -32,9 +36,11 @@ def test_wilson_interval():
     assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1
 
 
-def test_powers_of_two_end_at_the_number_of_samples():
-    assert powers_of_two(0) == [] and powers_of_two(1) == [1]
-    assert powers_of_two(6) == [1, 2, 4, 6] and powers_of_two(8) == [1, 2, 4, 8]
+@pytest.mark.parametrize(("samples", "ks"), [(0, []), (1, [1]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
+def test_k_doubles_up_to_the_number_of_samples(toy_run, samples, ks):
+    problems, config = load_problems("toy", "test", limit=2), warmup.Config(max_new_tokens=2)
+    result = evaluate.evaluate(load(toy_run, None, None), problems, config, samples)
+    assert [name for name in result if "@" in name] == [f"{kind}@{k}" for k in ks for kind in ("maj", "pass")]
 
 
 def test_several_runs_give_one_table_one_figure_and_a_file_each(toy_run, tmp_path, capsys):
@@ -49,7 +55,6 @@ def test_several_runs_give_one_table_one_figure_and_a_file_each(toy_run, tmp_pat
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:3]] == [str(toy_run)] * 2
     assert "maj@3" in lines[0] and "pass@2" in lines[0]
-    assert (tmp_path / "evaluation.png").stat().st_size > 0
 
 
 # ---- groups of runs -------------------------------------------------------------------------------------------------
@@ -67,30 +72,49 @@ def write_run(folder, accuracies, **flags):
     return str(folder)
 
 
-def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path):
+def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path, capsys):
     runs = [
         write_run(tmp_path / "a0", [0.5, 0.95], seed=0, skip_ratio=0.0, model="w0"),
-        write_run(tmp_path / "a1", [0.92, 0.97], seed=1, skip_ratio=0.0, model="w1"),
         write_run(tmp_path / "b0", [0.5, None], seed=0, skip_ratio=0.25, model="w0"),
+        write_run(tmp_path / "a1", [0.92, 0.97, 0.98], seed=1, skip_ratio=0.0, model="w1"),
     ]
-    plain, nested = evaluate.group_runs(runs, [{"greedy_accuracy": x, "maj@8": x} for x in (0.9, 1.0, 0.7)])
-    assert plain["setting"] == {"skip_ratio": 0.0} and nested["setting"] == {"skip_ratio": 0.25}
-    assert plain["greedy_accuracy"] == [0.9, 1.0] and plain["seconds_to_target"] == [20.0, 10.0]
-    assert nested["maj@8"] == [0.7] and nested["seconds_to_target"] == [None] and nested["kl_behav"] == [0.02]
+    compare_groups(tmp_path, runs, [{"greedy_accuracy": x, "maj@8": x, "problems": 9} for x in (0.9, 0.7, 1.0)])
+    plain, nested = json.loads((tmp_path / "study.json").read_text())
+    assert plain == {
+        "skip_ratio": "0.0",
+        "greedy_accuracy": [0.9, 1.0],
+        "maj@8": [0.9, 1.0],
+        "seconds": [20.0, 30.0],
+        "kl_behav": [pytest.approx(0.02)] * 2,
+    }
+    assert nested["skip_ratio"] == "0.25" and nested["maj@8"] == [0.7] and nested["seconds"] == [20.0]
+    assert "0.950 ± 0.071 (2)" in capsys.readouterr().out
+    assert (tmp_path / "study.png").stat().st_size > 0
 
 
 def test_what_the_model_was_warmed_up_with_tells_groups_apart(tmp_path):
-    warm = [write_run(tmp_path / f"w{i}", [0.5], layer_dropout=dropout) for i, dropout in enumerate((0.5, 0.0))]
+    warm = [write_run(tmp_path / f"w{i}", [0.5], layer_dropout=dropout) for i, dropout in enumerate((0.5, 0.0, 0.0))]
     runs = [write_run(tmp_path / f"r{i}", [0.9], model=model) for i, model in enumerate(warm)]
-    groups = evaluate.group_runs(runs, [{"greedy_accuracy": 0.9}] * 2)
-    assert [group["setting"] for group in groups] == [{"warm-up layer_dropout": 0.0}, {"warm-up layer_dropout": 0.5}]
+    compare_groups(tmp_path, runs, [{"greedy_accuracy": x} for x in (0.7, 0.8, 0.9)])
+    rows = json.loads((tmp_path / "study.json").read_text())
+    assert [(row["warm-up layer_dropout"], row["greedy_accuracy"]) for row in rows] == [
+        ("0.0", [0.8, 0.9]),
+        ("0.5", [0.7]),
+    ]
 
 
-def test_mean_and_sd_says_how_many_runs_reached_it():
-    assert evaluate.mean_and_sd([0.9, 1.0]) == "0.950 ± 0.071"
-    assert evaluate.mean_and_sd([0.9]) == "0.900"
-    assert evaluate.mean_and_sd([None, 10.0, 20.0], 1) == "15.0 ± 7.1 (2 of 3)"
-    assert evaluate.mean_and_sd([None]) == "-"
+@pytest.mark.parametrize("ratios", [(0.25, 0.25, 0.25), (0.0, 0.125, 0.25)])
+def test_one_group_or_one_run_a_group_is_no_study(tmp_path, ratios):
+    runs = [write_run(tmp_path / f"r{i}", [0.9], skip_ratio=ratio, seed=i) for i, ratio in enumerate(ratios)]
+    compare_groups(tmp_path, runs, [{"greedy_accuracy": 0.9}] * 3)
+    assert not (tmp_path / "study.json").exists() and not (tmp_path / "study.png").exists()
+
+
+def test_a_cell_says_how_many_runs_it_is_the_mean_of(capsys):
+    lists = [[0.9, 1.0], [0.9], [None, 10.0, 20.0], [None]]
+    print_table([{"greedy_accuracy": x} for x in [*lists, (0.25, 0.5), 0.5, "toy", 7]])
+    means = ["0.950 ± 0.071 (2)", "0.900 (1)", "15.000 ± 7.071 (2)", "-"]
+    assert capsys.readouterr().out.splitlines() == ["greedy accuracy", *means, "0.250-0.500", "0.500", "toy", "7"]
 
 
 def test_several_groups_give_a_table_a_figure_and_a_file(tmp_path, toy_run, capsys):
@@ -103,7 +127,88 @@ def test_several_groups_give_a_table_a_figure_and_a_file(tmp_path, toy_run, caps
     runs = tuple(str(tmp_path / name) for name in "abc")
     evaluate.main(evaluate.Config(runs=runs, out=str(tmp_path), limit=10, max_new_tokens=8))
     out = capsys.readouterr().out
-    assert "skip ratio" in out and "seconds to 0.9" in out and "2.0 ± 0.0" in out
+    assert "skip ratio" in out and "2.000 ± 0.000 (2)" in out
     study = json.loads((tmp_path / "study.json").read_text())
-    assert [len(group["runs"]) for group in study] == [2, 1]
+    assert [len(group["greedy_accuracy"]) for group in study] == [2, 1]
     assert (tmp_path / "study.png").stat().st_size > 0
+
+
+# ---- offline self-training ------------------------------------------------------------------------------------------
+
+
+def keep(run, file, **flags):
+    """evaluate.py --keep-correct."""
+    flags = {"limit": 7, "samples": 4, "max_new_tokens": 4, "max_rows": 13} | flags
+    return evaluate.main(evaluate.Config(runs=(str(run),), out=str(file.parent), keep_correct=str(file), **flags))
+
+
+@pytest.mark.parametrize("engine", ["nl", "python"])
+def test_right_completions_are_kept_once_and_warm_up_trains_on_exactly_them(engine, toy_run, tmp_path, monkeypatch):
+    problems = load_problems("toy", "train", limit=7, engine=engine)
+    other = {"nl": "So \\boxed{{{}}}.\n#### {}", "python": "def solution():\n    return {} # {}"}[engine]  # right too
+    asked, said = [], []
+
+    def graded(rollout, batch, model, config):
+        """Of the 4 samples of each problem: right, the same again, right in another form, wrong."""
+        assert len(rollout.tokens) == 4 * len(batch)
+        targets = [(make_target(p, engine), other.format(p.answer, p.answer)) for p in batch]
+        texts = [text for target, box in targets for text in (target, target, box, "A: 99")]
+        asked.extend(batch)
+        return Grades(texts, [], ["right", "right", "right", "wrong"] * len(batch), None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "grade", graded)
+        file = tmp_path / "new" / "kept.jsonl"
+        assert keep(toy_run, file, engine=engine) == [{"sampled": 28, "right": 21, "kept": 14}]
+    assert asked == problems  # of the training split, each once
+    assert [path.name for path in file.parent.iterdir()] == ["kept.jsonl"]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    texts = [text for p in problems for text in (make_target(p, engine), other.format(p.answer, p.answer))]
+    numbered = [(i, problem, text) for i, text in enumerate(texts) for problem in [problems[i // 2]]]
+    assert rows == [
+        {"item_id": f"toy_{i // 2}", "question": p.question, "answer_cot": text, "answer_value": p.answer}
+        for i, p, text in numbered
+    ]  # ReFT's schema
+
+    real = warmup.encode_examples
+    monkeypatch.setattr(warmup, "encode_examples", lambda *args: said.append(real(*args)) or said[-1])
+    data = {"task": "gsm8k", "data": str(file), "test_data": str(file), "max_new_tokens": 4, "engine": engine}
+    warmup.main(warmup.Config(model=str(toy_run), out=str(tmp_path / "warmup"), steps=1, batch=2, **data))
+    model = load(toy_run, None, None)
+    encoded = [model.tokenizer(make_prompt(p)).input_ids + model.tokenizer(text).input_ids for _, p, text in numbered]
+    assert [prompt + target for prompt, target in said[0]] == [ids + model.eos_ids for ids in encoded]
+
+
+def test_samples_that_are_kept_do_not_depend_on_max_rows(toy_run, tmp_path, monkeypatch):
+    texts = {}
+    for max_rows in (3, 100):
+        rows = texts.setdefault(max_rows, [])
+        monkeypatch.setattr(evaluate, "grade", lambda *args, rows=rows: rows.extend((g := grade(*args)).texts) or g)
+        keep(toy_run, tmp_path / "x", limit=5, samples=2, max_new_tokens=6, dtype="float64", max_rows=max_rows)
+    assert texts[3] == texts[100] and len(set(texts[3])) > 5
+
+
+def test_the_file_of_kept_completions_is_replaced_only_when_the_new_one_is_whole(toy_run, tmp_path, monkeypatch):
+    (tmp_path / "kept").write_text("old")
+    calls = []
+
+    def fail(rollout, batch, *rest):
+        calls.append((tmp_path / "kept").read_text())
+        if len(calls) == 2:
+            raise OSError("the disk is full")
+        return Grades([make_target(p) for p in batch for _ in range(4)], [], ["right"] * 4 * len(batch), None)
+
+    monkeypatch.setattr(evaluate, "grade", fail)
+    with pytest.raises(OSError, match="disk"):
+        keep(toy_run, tmp_path / "kept")
+    assert (tmp_path / "kept").read_text() == "old" and calls == ["old"] * 2
+    keep(toy_run, tmp_path / "kept")
+    assert len((tmp_path / "kept").read_text().splitlines()) == 7 and set(calls) == {"old"}
+
+
+@pytest.mark.parametrize(
+    "flags", [{"samples": 0}, {"runs": ("a", "b")}, {"data": "x.jsonl"}, {"data": "./x.jsonl"}], ids=str
+)
+def test_keep_correct_takes_one_run_some_samples_and_another_file_than_data(flags):
+    with pytest.raises(InputError, match="--keep-correct"):
+        evaluate.Config(**({"runs": ("a",), "samples": 1, "keep_correct": "x.jsonl", "task": "gsm8k"} | flags))

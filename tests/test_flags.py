@@ -1,6 +1,7 @@
 """Flags and bad input: one clear line, exit code 2, nothing written."""
 
 import json
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +14,6 @@ import evaluate
 import rl
 import rollout
 import warmup
-from rollout import run_script
 
 SCRIPTS = {"warmup": warmup, "rl": rl, "rollout": rollout, "evaluate": evaluate}
 
@@ -21,18 +21,21 @@ SCRIPTS = {"warmup": warmup, "rl": rl, "rollout": rollout, "evaluate": evaluate}
 def run(monkeypatch, script, *argv):
     """The exit code of `python SCRIPT.py ARGV`, in this process."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, argv)])
-    module = SCRIPTS[script]
     with pytest.raises(SystemExit) as stopped:
-        run_script(module.main, module.Config, module.make_parser() if script == "evaluate" else None)
+        runpy.run_path(SCRIPTS[script].__file__, run_name="__main__")
     return stopped.value.code
+
+
+def snapshot(folder):
+    """Every file below a folder, with its bytes."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_explains_every_flag_and_its_default(script, monkeypatch, capsys):
     assert run(monkeypatch, script, "--help") == 0
     text = capsys.readouterr().out
-    module = SCRIPTS[script]
-    for name, field in module.Config.__dataclass_fields__.items():
+    for name, field in SCRIPTS[script].Config.__dataclass_fields__.items():
         if name != "runs":
             assert f"--{name}" in text or f"--{name.replace('_', '-')}" in text
             assert field.metadata["help"]
@@ -45,28 +48,41 @@ def test_a_typo_exits_with_2(script, typo, monkeypatch, capsys):
     assert typo in capsys.readouterr().err
 
 
-BAD_FLAGS = [
-    ("rl", "--skip-ratio", "1.5"),
-    ("rl", "--skip-ratio", "-0.1"),
-    ("rl", "--samples", "0"),
-    ("rl", "--samples", "3"),  # does not divide 128
+BAD_CHOICES = [
     ("rl", "--correction", "magic"),
-    ("rl", "--lam", "1.1"),
-    ("rl", "--gamma", "-1"),
-    ("rl", "--clip", "0"),
-    ("rl", "--cap", "0"),
-    ("rl", "--kl-coef", "-1"),
-    ("rl", "--steps", "0"),
-    ("rl", "--minibatch", "0"),
-    ("rl", "--rollout-batch", "0"),
-    ("rl", "--ppo-epochs", "0"),
-    ("rl", "--micro-batch", "0"),
     ("rl", "--task", "gsm9k"),
     ("rl", "--dtype", "int8"),
     ("rl", "--engine", "perl"),
     ("rl", "--prompt-style", "magic"),
     ("rl", "--objective", "magic"),
     ("rl", "--advantage", "magic"),
+    ("warmup", "--task", "gsm9k"),
+    ("evaluate", "--task", "gsm9k"),
+    ("evaluate", "--engine", "perl"),
+    ("evaluate", "--prompt-style", "magic"),
+    ("rollout", "--dtype", "int8"),
+]
+BAD_FLAGS = [
+    ("rl", "--skip-ratio", "1.5"),
+    ("rl", "--skip-ratio", "-0.1"),
+    ("rl", "--skip-ratio", "1"),
+    ("rl", "--samples", "0"),
+    ("rl", "--samples", "3"),  # does not divide 128
+    ("rl", "--lam", "1.1"),
+    ("rl", "--gamma", "-1"),
+    ("rl", "--clip", "0"),
+    ("rl", "--cap", "0"),
+    ("rl", "--kl-coef", "-1"),
+    ("rl", "--value-coef", "inf"),
+    ("rl", "--target-kl-behav", "0"),
+    ("rl", "--lr", "nan"),
+    ("rl", "--steps", "0"),
+    ("rl", "--minibatch", "0"),
+    ("rl", "--rollout-batch", "0"),
+    ("rl", "--ppo-epochs", "0"),
+    ("rl", "--micro-batch", "0"),
+    ("rl", "--save-every", "-1"),
+    ("rl", "--eval-every", "-1"),
     ("rl", "--advantage", "group"),  # one sample a prompt is no group
     ("rl", "--max-new-tokens", "0"),
     ("warmup", "--layer-dropout", "2"),
@@ -74,24 +90,29 @@ BAD_FLAGS = [
     ("warmup", "--batch", "0"),
     ("warmup", "--epochs", "0"),
     ("warmup", "--lr", "-1"),
+    ("warmup", "--weight-decay", "-1"),
+    ("warmup", "--beta2", "1"),
     ("warmup", "--limit", "0"),
     ("warmup", "--seed", "-1"),
     ("warmup", "--task", "gsm8k"),  # from scratch only on toy
-    ("rollout", "--skip-ratios", "0.5 1.2"),
-    ("rollout", "--rounds", "0"),
-    ("rollout", "--samples", "0"),
-    ("rollout", "--data", "train.jsonl"),  # only --keep-correct reads training problems
+    ("rollout", "--skip-ratio", "1.2"),
+    ("rollout", "--limit", "0"),
+    ("rollout", "--seed", "-1"),
     ("evaluate", "--samples", "-1"),
     ("evaluate", "--max-rows", "0"),
+    ("evaluate", "--keep-correct", "right.jsonl"),  # of no samples
 ]
 
 
-@pytest.mark.parametrize(("script", "flag", "value"), BAD_FLAGS, ids=lambda x: x)
+@pytest.mark.parametrize(("script", "flag", "value"), BAD_CHOICES + BAD_FLAGS, ids=lambda x: x)
 def test_a_value_out_of_range_names_the_flag_and_writes_nothing(script, flag, value, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, script, *(["x"] if script == "evaluate" else []), flag, *value.split()) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and flag in error and len(error.splitlines()) == 1
+    assert run(monkeypatch, script, *(["x"] if script == "evaluate" else []), flag, value) == 2
+    *usage, error = capsys.readouterr().err.strip().splitlines()
+    if (script, flag, value) in BAD_CHOICES:
+        assert flag in error and value in error and "choose from" in error
+    else:
+        assert not usage and error.startswith("error: ") and flag in error
     assert not list(tmp_path.iterdir())
 
 
@@ -102,25 +123,32 @@ def test_rl_without_a_warm_up_says_which_command_makes_one(monkeypatch, capsys, 
     assert not list(tmp_path.iterdir())
 
 
-def test_rl_refuses_to_write_over_its_warm_up(monkeypatch, capsys, toy_run):
-    assert run(monkeypatch, "rl", "--model", toy_run, "--out", toy_run) == 2
-    assert "--out" in capsys.readouterr().err
+def test_rl_refuses_to_write_over_its_warm_up(monkeypatch, capsys, toy_run, tmp_path):
+    (tmp_path / "link").symlink_to(toy_run)
+    before = snapshot(toy_run)
+    for out in (toy_run, tmp_path / "link", f"{toy_run}/../{toy_run.name}"):
+        assert run(monkeypatch, "rl", "--model", toy_run, "--out", out, "--resume") == 2
+        assert "another folder than --model" in capsys.readouterr().err
+    assert snapshot(toy_run) == before
 
 
 def test_an_impossible_ratio_stops_before_anything_is_written(monkeypatch, capsys, toy_run, tmp_path):
-    assert (
-        run(monkeypatch, "rl", "--model", toy_run, "--out", tmp_path / "rl", "--skip-ratio", "0.8", "--limit", 9) == 2
-    )
+    flags = ["--model", toy_run, "--out", tmp_path / "rl", "--skip-ratio", "0.8", "--limit", 9]
+    assert run(monkeypatch, "rl", *flags) == 2
     assert "--skip-ratio" in capsys.readouterr().err
     assert not (tmp_path / "rl").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_cuda_asked_for_and_absent(monkeypatch, capsys, toy_run, tmp_path):
-    out = tmp_path / "rl"
-    assert run(monkeypatch, "rl", "--model", toy_run, "--out", out, "--device", "cuda", "--limit", 9) == 2
-    assert "--device cuda" in capsys.readouterr().err
-    assert not out.exists()
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("device", ["cuda", "gpu"])
+def test_a_device_that_is_not_there_is_named(script, device, monkeypatch, capsys, toy_run, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model = {"warmup": [], "evaluate": [toy_run]}.get(script, ["--model", toy_run])
+    assert run(monkeypatch, script, *model, "--device", device, "--limit", 9) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"--device {device}" in error and len(error.splitlines()) == 1
+    assert script == "evaluate" or not list(tmp_path.iterdir())
 
 
 GOOD = '{"question": "What is 1 + 1?", "answer": "1 + 1 = 2\\n#### 2"}\n'
@@ -142,12 +170,16 @@ BAD_INPUT = {
     "programs for words": (NO_COT.replace("}", ', "answer_cot": "def solution(): return 2"}'), [], ["engine"]),
     "question longer than the context": (GOOD + LONG, [], ["problem 2", "context"]),
     "completion longer than the context": (GOOD, ["--max-new-tokens", 999], ["context", "999"]),
-    "no EOS anywhere": (lambda run: edit(run, "tokenizer_config.json", "config.json"), [], ["end-of-sequence"]),
-    "a vocabulary larger than the embedding": (lambda run: cut_embedding(run), [], ["tokens in the tokenizer"]),
+    "no EOS anywhere": (
+        lambda run: edit(run, "tokenizer_config.json", "config.json", "generation_config.json"),
+        [],
+        ["end-of-sequence"],
+    ),
+    "a vocabulary larger than the embedding": (lambda run: cut_embedding(run), [], ["rows in the embedding"]),
     "the checkpoint is a file": (GOOD, ["--model", "data.jsonl"], ["data.jsonl", "not a checkpoint"]),
     "the folder has no checkpoint": (GOOD, ["--model", "."], ["not a checkpoint"]),
-    "--out is a file": (GOOD, ["--out", "data.jsonl"], ["--out data.jsonl", "cannot be written"]),
-    "--out is below a file": (GOOD, ["--out", "data.jsonl/x"], ["--out data.jsonl/x", "cannot be written"]),
+    "--out is a file": (GOOD, ["--out", "data.jsonl"], ["data.jsonl: cannot be written"]),
+    "--out is below a file": (GOOD, ["--out", "data.jsonl/x"], ["data.jsonl/x: cannot be written"]),
     "no such hub id": (GOOD, ["--model", "nobody/nothing-here"], ["nobody/nothing-here", "local folder"]),
     "no such hub data": (None, ["--data", "nobody/nothing-here"], ["nobody/nothing-here", "local"]),
 }
@@ -180,30 +212,39 @@ def test_bad_input_is_one_line_with_exit_code_2_and_nothing_written(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     shutil.copytree(toy_run, "model")
-    shutil.rmtree("model/.checkpoints")
     if callable(content):
         content(Path("model"))
         content = GOOD
     if content is not None:
         Path("data.jsonl").write_bytes(content.encode() if isinstance(content, str) else content)
     Path("test.jsonl").write_text(GOOD)
-    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    before = snapshot(".")
     data = ["--task", "gsm8k", "--data", "data.jsonl", "--test-data", "test.jsonl"]
-    base = ["--model", "model", "--out", "out", "--max-new-tokens", "8", *data]
+    base = ["--model", "model", "--out", "out", "--steps", "1", "--max-new-tokens", "8", *data]
     assert run(monkeypatch, script, *base, *flags) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and len(error.splitlines()) == 1
     assert all(word in error for word in words), error
-    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+    assert snapshot(".") == before
 
 
-@pytest.mark.parametrize("script", ["evaluate", "rollout"])
-def test_evaluate_and_rollout_refuse_a_file_as_checkpoint_and_as_out(script, monkeypatch, capsys, toy_run, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "argv", "words"),
+    [
+        ("evaluate", ["file"], "file: not a"),
+        ("evaluate", ["MODEL", "file"], "file: not a"),  # before the first one takes its time
+        ("rollout", ["--model", "file"], "file: "),
+        ("evaluate", ["MODEL", "--out", "file"], "file: cannot be written"),
+        ("evaluate", ["MODEL", "--keep-correct", "file/x", "--samples", 1], "file: cannot be written"),
+    ],
+)
+def test_evaluate_and_rollout_refuse_a_file_as_checkpoint_and_as_folder(
+    script, argv, words, monkeypatch, capsys, toy_run, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("x")
-    model = {"evaluate": lambda name: [name], "rollout": lambda name: ["--model", name]}[script]
-    for argv, word in (([*model("file")], "file: not a"), ([*model(str(toy_run)), "--out", "file"], "--out file")):
-        assert run(monkeypatch, script, *argv, "--limit", 2) == 2
-        error = capsys.readouterr().err.strip()
-        assert word in error and len(error.splitlines()) == 1
-    assert [path.name for path in Path().iterdir()] == ["file"]
+    argv = [toy_run if word == "MODEL" else word for word in argv]
+    assert run(monkeypatch, script, *argv, "--limit", 2, "--max-new-tokens", 2) == 2
+    out, error = capsys.readouterr()
+    assert words in error and len(error.strip().splitlines()) == 1 and not out
+    assert snapshot(".") == {Path("file"): b"x"}

@@ -46,12 +46,12 @@ def test_the_harness_scores_a_saved_directory_as_our_decoder_does(toy_run, tmp_p
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 
-    model, tokenizer, _ = load(toy_run, None, "float32")
+    model = load(toy_run, None, "float32")
     expected, right = [], 0
     for i, prompt in enumerate(prompts):
-        start, logps = len(tokenizer(prompt).input_ids), []
+        start, logps = len(model.tokenizer(prompt).input_ids), []
         for choice in CHOICES:
-            tokens = torch.tensor([tokenizer(prompt + choice).input_ids])
+            tokens = torch.tensor([model.tokenizer(prompt + choice).input_ids])
             with torch.no_grad():
                 logp = token_logp(model.logits(model(tokens))[:, :-1], tokens[:, 1:])  # (1, T-1)
             logps.append(logp[0, start - 1 :].sum().item())

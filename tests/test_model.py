@@ -199,7 +199,7 @@ def test_unknown_architecture_names_the_supported_ones(model_type, tmp_path):
         ("config.json", "{"),
         ("config.json", json.dumps({"model_type": "llama", "hidden_size": "wide"})),
         ("model.safetensors", "not safetensors"),
-        ("model.safetensors.index.json", json.dumps({"weight_map": {"a": "gone.safetensors"}})),
+        ("model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": {"a": "gone.safetensors"}})),
         ("value_head.pt", "not torch"),
         ("tokenizer.json", "{"),
     ],

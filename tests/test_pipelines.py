@@ -21,7 +21,7 @@ from transformers import (
 import evaluate
 import rl
 import warmup
-from model import load
+from model import COPIED, load
 from reward import InputError, Problem, load_problems, make_prompt, make_target
 from rollout import SYSTEM_PROMPTS, encode_prompts, sample, turn_end
 from warmup import encode_examples
@@ -156,7 +156,11 @@ def make_checkpoint(name: str, folder: Path) -> Path:
         shards = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
         for file, keys in shards.items():
             torch.save({k: weights[k] for k in keys}, folder / file)
-        index = {"weight_map": {k: file for file, keys in shards.items() for k in keys}}
+        size = sum(weight.nbytes for weight in weights.values())
+        index = {
+            "metadata": {"total_size": size},
+            "weight_map": {k: file for file, keys in shards.items() for k in keys},
+        }
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     else:
         hf.generation_config.eos_token_id = eos
@@ -203,22 +207,24 @@ def test_the_pipeline_ends_in_a_directory_that_transformers_opens_with_equal_log
     (result,) = evaluate.main(evaluate.Config(runs=(str(reinforced),), out=str(tmp_path), samples=2))
     assert result["problems"] == 12 and 0 <= result["pass@2"] <= 1
 
-    decoder, tokenizer, eos_ids = load(reinforced, None, None)
+    decoder = load(reinforced, None, None)
     hf = AutoModelForCausalLM.from_pretrained(reinforced)
     problems = load_problems(data["task"], "test", data["test_data"])
-    prompts = encode_prompts(problems, tokenizer, decoder, eos_ids, warmup.Config(), 8)
+    prompts = encode_prompts(problems, decoder, warmup.Config(), 8)
     tokens = torch.tensor([prompts[0]])
     with torch.no_grad():
         assert (decoder.logits(decoder(tokens)) - hf(tokens).logits).abs().max() < 1e-4
-    rollout = sample(decoder, prompts[:1], max_new_tokens=8, eos_id=eos_ids, pad_id=0, temperature=0)
+    rollout = sample(decoder, prompts[:1], max_new_tokens=8, eos_id=decoder.eos_ids, pad_id=0, temperature=0)
     assert greedy(hf, prompts[0], 8) == rollout.tokens[0, len(prompts[0]) : rollout.lengths[0]].tolist()
 
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, reinforced))
     changed = {key for key in before if before[key] != after.get(key)} - {"transformers_version", "dtype"}
     assert not changed, changed  # rope, heads, biases, tied or not: all as before
-    assert load(source, None, None)[2] == eos_ids
-    again = AutoTokenizer.from_pretrained(reinforced)
-    first = AutoTokenizer.from_pretrained(source)
+    assert load(source, None, None).eos_ids == decoder.eos_ids
+    copied = [name for name in COPIED if (source / name).exists()]
+    assert {"tokenizer.json", "tokenizer_config.json"} <= {*copied}
+    assert all((reinforced / name).read_bytes() == (source / name).read_bytes() for name in copied)
+    again, first = AutoTokenizer.from_pretrained(reinforced), AutoTokenizer.from_pretrained(source)
     assert again("1 + 1 = 2").input_ids == first("1 + 1 = 2").input_ids
     assert again.chat_template == first.chat_template and again.get_vocab() == first.get_vocab()
 
@@ -227,16 +233,16 @@ def test_the_pipeline_ends_in_a_directory_that_transformers_opens_with_equal_log
 
 
 def prompts_of(folder, problems, **flags):
-    """Prompts as ids and as text, with special tokens."""
-    model, tokenizer, eos_ids = load(folder, None, None)
-    prompts = encode_prompts(problems, tokenizer, model, eos_ids, warmup.Config(**flags))
-    return prompts, tokenizer.batch_decode(prompts), tokenizer, eos_ids
+    """Prompts as ids and as text, with special tokens; the tokenizer."""
+    model = load(folder, None, None)
+    prompts = encode_prompts(problems, model, warmup.Config(**flags), 0)
+    return prompts, model.tokenizer.batch_decode(prompts), model.tokenizer
 
 
 def test_chat_models_read_a_chat_and_base_models_refts_prompt(checkpoint, data):
     name, folder = checkpoint
     problems = load_problems("toy", "test", limit=3)
-    prompts, texts, tokenizer, _ = prompts_of(folder, problems)
+    prompts, texts, tokenizer = prompts_of(folder, problems)
     bos = tokenizer.bos_token
     for problem, prompt, text in zip(problems, prompts, texts, strict=True):
         assert prompt.count(tokenizer.bos_token_id) == (bos is not None)  # one BOS where there is one, in front
@@ -263,25 +269,23 @@ def test_prompt_style_overrides_what_the_checkpoint_is(checkpoint):
 def test_a_token_beyond_the_embedding_is_refused_only_where_a_prompt_holds_it(tmp_path):
     folder = make_checkpoint("codellama", tmp_path)
     assert len(prompts_of(folder, [Problem("Fill in?", "", "1")])[0]) == 1
-    with pytest.raises(InputError, match="problem 2: its prompt holds '<FILL_ME>'"):
+    with pytest.raises(InputError, match=r"problem 2 .*<FILL_ME>.*not in its embedding"):
         prompts_of(folder, [Problem("Fill in?", "", "1"), Problem("What is <FILL_ME>?", "", "1")])
 
 
 def test_warm_up_targets_end_with_the_eos_of_a_turn(checkpoint):
     name, folder = checkpoint
-    model, tokenizer, eos_ids = load(folder, None, None)
-    problems = load_problems("toy", "train", limit=2)
+    model, problems = load(folder, None, None), load_problems("toy", "train", limit=2)
+    tokenizer = model.tokenizer
     last = {
         "codellama": "</s>",
         "galactica": "</s>",
         "qwen2.5 base": "<|endoftext|>",
         "llama3.1-instruct": "<|eot_id|>",
     }.get(name, "<|im_end|>")
-    assert (turn_end(tokenizer, eos_ids) is not None) == (name in CHAT)
-    for problem, (_, target) in zip(
-        problems, encode_examples(problems, tokenizer, model, eos_ids, warmup.Config()), strict=True
-    ):
-        assert tokenizer.convert_ids_to_tokens(target[-1]) == last and target[-1] in eos_ids
+    assert (turn_end(model) is not None) == (name in CHAT)
+    for problem, (_, target) in zip(problems, encode_examples(problems, model, warmup.Config()), strict=True):
+        assert tokenizer.convert_ids_to_tokens(target[-1]) == last and target[-1] in model.eos_ids
         assert tokenizer.decode(target[:-1]).strip(" ") == make_target(problem)
 
 
@@ -289,7 +293,7 @@ def test_evaluate_takes_the_style_of_the_run(data, tmp_path, monkeypatch):
     folder = make_checkpoint("qwen3", tmp_path / "qwen3")
     styles = []
     real = evaluate.evaluate
-    monkeypatch.setattr(evaluate, "evaluate", lambda *args: styles.append(args[4].prompt_style) or real(*args))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args: styles.append(args[2].prompt_style) or real(*args))
     test_data = {name: data[name] for name in ("task", "test_data")}
     config = evaluate.Config(runs=(str(folder),), out=str(tmp_path), limit=2, max_new_tokens=4, **test_data)
     evaluate.main(config)
@@ -304,9 +308,10 @@ def test_evaluate_takes_the_style_of_the_run(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", CHAT)
 def test_every_eos_id_ends_a_completion_and_the_sampled_one_gets_the_gradient(name, tmp_path):
-    model, tokenizer, eos_ids = load(make_checkpoint(name, tmp_path / name), None, "float64")
+    model = load(make_checkpoint(name, tmp_path / name), None, "float64")
+    eos_ids = model.eos_ids
     assert len(eos_ids) == 2
-    prompt = tokenizer("1 + 1 = ", add_special_tokens=False).input_ids
+    prompt = model.tokenizer("1 + 1 = ", add_special_tokens=False).input_ids
     rollout = sample(model, [prompt], max_new_tokens=60, eos_id=eos_ids, pad_id=eos_ids[0], num_samples=200)
     rows, last = torch.arange(200), rollout.lengths - 1
     ends = rollout.tokens[rows, last]

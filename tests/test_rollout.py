@@ -6,12 +6,23 @@ import pytest
 import torch
 from families import CONFIGS, random_hf_model
 
-import evaluate
-import warmup
-from model import Decoder, load
-from reward import Problem, load_problems, make_prompt, make_target
-from rollout import LOOK_EVERY, Config, Grades, Rollout, SharedConfig, draw, exact_kl_behav, grade, graphed, main
-from rollout import prompt_seeds, sample, token_logp
+from model import Decoder, load, sample_skip
+from reward import Problem, load_problems
+from rollout import (
+    LOOK_EVERY,
+    Config,
+    Rollout,
+    SharedConfig,
+    draw,
+    encode_prompts,
+    exact_kl_behav,
+    grade,
+    graphed,
+    main,
+    prompt_seeds,
+    sample,
+    token_logp,
+)
 
 INNER = torch.tensor([False, True, False, False])
 PROMPTS = [torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 9, 3, 12)]
@@ -177,7 +188,7 @@ def test_a_prompt_runs_once_for_all_its_samples(decoder, monkeypatch):
             prompts.append(len(inputs[0]))
 
     hook = decoder.register_forward_pre_hook(count)
-    run(decoder, max_rows=2)
+    run(decoder)
     hook.remove()
     assert prompts == [2, 2]
 
@@ -303,61 +314,26 @@ def test_prompts_beyond_the_context_are_refused(decoder):
         run(decoder, [[1], []])
 
 
-def test_the_script_prints_completions_of_both_models_and_what_skipping_does(toy_run, capsys, monkeypatch):
-    graded = []
-    monkeypatch.setattr("rollout.grade", lambda *args: graded.append((args[0], grade(*args))) or graded[-1][1])
+def test_the_script_prints_completions_of_both_models_and_what_skipping_does(toy_run, capsys):
     flags = {"skip_ratio": 0.25, "limit": 6, "max_new_tokens": 8, "max_rows": 4, "dtype": "float64"}
-    table = main(Config(model=str(toy_run), **flags))
-    kl_of_pi, kl_of_mu = table["KL(mu||pi) per token"]
+    config = Config(model=str(toy_run), **flags)
+    results = main(config)
+    out = capsys.readouterr().out
+    (pi, _, kl_of_pi), (mu, _, kl_of_mu) = results["pi"], results["mu"]
     assert kl_of_pi == 0 < kl_of_mu
-    assert all(0 <= share <= 1 for share in table["accuracy"]) and min(table["tokens/s"]) > 0
-    lines = capsys.readouterr().out.splitlines()
-    (pi, pi_grades), (mu, mu_grades) = graded
-    assert pi.skip is None and mu.skip.sum() == 2 and len(pi.tokens) == len(mu.tokens) == 6
-    assert pi_grades.texts[0] != mu_grades.texts[0]
-    for n, problem in enumerate(load_problems("toy", "test", limit=4)):
-        header = lines.index(f"--- {problem.question}  (gold: {problem.answer})")
-        for line, name, grades in zip(lines[header + 1 :], ("pi", "mu"), (pi_grades, mu_grades), strict=False):
-            assert line == f"{name}, reward {grades.rewards[n]:g}: {' / '.join(grades.texts[n].split(chr(10)))}"
-    assert f"skips layers {mu.skip.nonzero().flatten().tolist()} of 8" in "\n".join(lines)
-    (row,) = [line for line in lines if line.startswith("KL(mu||pi) per token")]
-    assert [float(x) for x in row.split()[-2:]] == pytest.approx([0, kl_of_mu], rel=1e-3)
-
-
-def test_keep_correct_writes_right_completions_once_and_warm_up_trains_on_exactly_them(toy_run, tmp_path, monkeypatch):
-    problems = load_problems("toy", "train", limit=7)
-    said, asked = [], []
-
-    def graded(rollout, batch, model, config):
-        """Of the 4 samples of each problem: right, the same again, right in another form, wrong."""
-        assert len(rollout.tokens) == 4 * len(batch)
-        texts = [text for p in batch for text in (make_target(p), make_target(p), f"A: {p.answer}", "A: 99")]
-        asked.extend(batch)
-        return Grades(texts, [], ["right", "right", "right", "wrong"] * len(batch), None)
-
-    monkeypatch.setattr("evaluate.grade", graded)
-    file = str(tmp_path / "new" / "kept.jsonl")
-    flags = {"limit": 7, "samples": 4, "max_new_tokens": 4, "max_rows": 13, "out": str(tmp_path)}
-    (counts,) = evaluate.main(evaluate.Config(runs=(str(toy_run),), keep_correct=file, **flags))
-    assert counts == {"sampled": 28, "right": 21, "kept": 7}
-    assert asked == problems  # of the training split, each once
-
-    real = warmup.encode_examples
-    monkeypatch.setattr(warmup, "encode_examples", lambda *args: said.append(real(*args)) or said[-1])
-    monkeypatch.setattr("evaluate.grade", grade)
-    data = {"task": "gsm8k", "data": file, "test_data": file, "max_new_tokens": 4}
-    warmup.main(warmup.Config(model=str(toy_run), out=str(tmp_path / "warmup"), steps=1, batch=2, **data))
-    model = load(toy_run, None, None)
-    ids = [model.tokenizer(text).input_ids for p in problems for text in (make_prompt(p), make_target(p))]
-    expected = [prompt + target + model.eos_ids for prompt, target in zip(ids[::2], ids[1::2], strict=True)]
-    assert [prompt + target for prompt, target in said[0]] == expected
-
-
-def test_keep_correct_samples_do_not_depend_on_max_rows(toy_run, tmp_path, monkeypatch):
-    texts = {}
-    for max_rows in (3, 100):
-        rows = texts.setdefault(max_rows, [])
-        monkeypatch.setattr("evaluate.grade", lambda *args, rows=rows: rows.extend((g := grade(*args)).texts) or g)
-        flags = {"keep_correct": str(tmp_path / "x"), "limit": 5, "samples": 2, "max_new_tokens": 6, "dtype": "float64"}
-        evaluate.main(evaluate.Config(runs=(str(toy_run),), out=str(tmp_path), max_rows=max_rows, **flags))
-    assert texts[3] == texts[100] and len(set(texts[3])) > 5
+    model, problems = load(toy_run, None, "float64"), load_problems("toy", "test", limit=6)
+    skip, prompts = sample_skip(8, 0.25, torch.Generator().manual_seed(0)), encode_prompts(problems, model, config, 8)
+    full, nested = (sample(model, prompts, skip=mask, seed=0, **config.sampling(model)) for mask in (None, skip))
+    assert kl_of_mu == pytest.approx(exact_kl_behav(model, nested).mean().item(), abs=1e-12)
+    assert pi.texts == grade(full, problems, model, config).texts != mu.texts
+    assert mu.texts == grade(nested, problems, model, config).texts
+    shown = [
+        f"--- {problem.question} (gold: {problem.answer})\n"
+        f"pi, reward {pi.rewards[n]:g}: {pi.texts[n]!r}\nmu, reward {mu.rewards[n]:g}: {mu.texts[n]!r}\n"
+        for n, problem in enumerate(problems[:4])
+    ]
+    assert out.startswith("".join(shown))
+    assert f"6 problems; mu leaves out layers {skip.nonzero().flatten().tolist()} of 8\n" in out
+    for name, (grades, speed, kl) in results.items():
+        accuracy = grades.outcomes.count("right") / 6
+        assert f"{name}: accuracy {accuracy:.3f}, {speed:,.0f} tokens/s, KL({name}||pi) {kl:.4f} per token\n" in out

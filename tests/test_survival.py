@@ -6,17 +6,20 @@ import resource
 import shutil
 import signal
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from soak import TIMES, soak, state
+from safetensors.torch import load_file
+from soak import soak, state
 
 import rl
 import warmup
 from evaluate import read_metrics
 from model import Decoder, load
 from reward import InputError
-from rollout import sample
+from rollout import run_script
 
 TINY = {"limit": 40, "max_new_tokens": 12}
 
@@ -33,24 +36,21 @@ def reinforce(model, out, **changes):
     return rl.main(rl.Config(**(flags | changes)))
 
 
-def whole(run):
-    """What must be equal in two runs of warmup.py."""
-    trainer = torch.load(run / "trainer.pt", weights_only=True)
-    moments = [v.tolist() for m in trainer["optimizer"]["state"].values() for v in m.values()]
-    records = [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(run)]
-    return (run / "model.safetensors").read_bytes(), moments, records, trainer["step"]
+def snapshot(folder):
+    """Every file below a folder, with its bytes."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def hit_at(monkeypatch, module, step, what):
+def hit_at(monkeypatch, step, what):
     """Let `what()` happen when the record of a step has been written."""
-    real = warmup.append_record
+    real = warmup.Run.append
 
-    def hit(file, record):
-        real(file, record)
-        if record["step"] == step and file.name == "metrics.jsonl":
+    def hit(run, log, line):
+        real(run, log, line)
+        if line["step"] == step and log == "metrics.jsonl":
             what()
 
-    monkeypatch.setattr(module, "append_record", hit)
+    monkeypatch.setattr(warmup.Run, "append", hit)
 
 
 def crash():
@@ -65,16 +65,16 @@ def test_warm_up_stopped_and_resumed_equals_one_run_to_the_bit(tmp_path, monkeyp
     flags = {"layer_dropout": layer_dropout, "eval_every": 1}
     warm(tmp_path / "one", **flags)
     with monkeypatch.context() as patch:
-        hit_at(patch, warmup, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        hit_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit):
             warm(tmp_path / "two", **flags)
     assert len(read_metrics(tmp_path / "two")) == 2
     warm(tmp_path / "two", resume=True, **flags)
-    assert whole(tmp_path / "two") == whole(tmp_path / "one")
+    assert state(tmp_path / "two") == state(tmp_path / "one")
 
 
 @pytest.mark.parametrize("correction", ["truncated", "prefix"])
-def test_rl_stopped_and_resumed_equals_one_run_to_the_bit(toy_run, tmp_path, monkeypatch, correction):
+def test_rl_stopped_and_resumed_equals_one_run_to_the_bit(toy_run, tmp_path, correction):
     reinforce(toy_run, tmp_path / "one", correction=correction)
     reinforce(toy_run, tmp_path / "two", correction=correction, steps=2)
     reinforce(toy_run, tmp_path / "two", correction=correction, resume=True)  # --steps 4: more of them is allowed
@@ -84,7 +84,7 @@ def test_rl_stopped_and_resumed_equals_one_run_to_the_bit(toy_run, tmp_path, mon
 def test_lines_past_the_checkpoint_are_cut_on_resume(toy_run, tmp_path, monkeypatch):
     reinforce(toy_run, tmp_path / "one")
     with monkeypatch.context() as patch:
-        hit_at(patch, rl, 3, crash)
+        hit_at(patch, 3, crash)
         with pytest.raises(KeyError):
             reinforce(toy_run, tmp_path / "two", save_every=2)
     with (tmp_path / "two" / "metrics.jsonl").open("a") as file:
@@ -93,9 +93,16 @@ def test_lines_past_the_checkpoint_are_cut_on_resume(toy_run, tmp_path, monkeypa
     assert state(tmp_path / "two") == state(tmp_path / "one")
 
 
-def test_resume_with_nothing_there_starts_from_the_beginning(toy_run, tmp_path, capsys):
-    reinforce(toy_run, tmp_path / "one", steps=1)
-    reinforce(toy_run, tmp_path / "two", steps=1, resume=True)
+@pytest.mark.parametrize("crashed", [False, True])
+def test_resume_with_nothing_there_starts_from_the_beginning(toy_run, tmp_path, monkeypatch, capsys, crashed):
+    reinforce(toy_run, tmp_path / "one", steps=2)
+    if crashed:  # before its first checkpoint
+        with monkeypatch.context() as patch:
+            hit_at(patch, 1, crash)
+            with pytest.raises(KeyError):
+                reinforce(toy_run, tmp_path / "two", steps=2)
+        assert len(read_metrics(tmp_path / "two")) == 1
+    reinforce(toy_run, tmp_path / "two", steps=2, resume=True)
     assert "nothing to resume" in capsys.readouterr().out
     assert state(tmp_path / "two") == state(tmp_path / "one")
 
@@ -108,32 +115,69 @@ def test_a_finished_run_resumed_changes_nothing(toy_run, tmp_path):
     assert state(tmp_path / "rl") == before
 
 
-def test_a_new_run_is_not_resumed_from_the_old_one_in_its_folder(tmp_path, monkeypatch):
-    warm(tmp_path / "run", steps=2)
-    hit_at(monkeypatch, warmup, 1, crash)
-    with pytest.raises(KeyError):
-        warm(tmp_path / "run", steps=2, seed=1)
-    load(tmp_path / "run", None, None)  # the old weights are still there
-    assert warmup.start_trainer("warmup", warmup.Config(out=str(tmp_path / "run"), resume=True), [])["step"] == 0
+@pytest.fixture(scope="module")
+def two_steps(toy_run, tmp_path_factory):
+    """The first half of a run of rl.py; tests copy it."""
+    run = tmp_path_factory.mktemp("half") / "rl"
+    reinforce(toy_run, run, steps=2)
+    return run
 
 
-def test_a_copied_run_with_links_followed_can_be_resumed(toy_run, tmp_path):
+@pytest.mark.parametrize("stage", ["warmup", "rl"])
+@pytest.mark.parametrize("held", ["all", "metrics.jsonl", "config.json", "trainer.pt"])
+def test_a_folder_that_holds_a_run_is_refused_with_both_ways_out_and_stays_as_it_is(
+    toy_run, two_steps, tmp_path, stage, held
+):
+    out = tmp_path / "run"
+    out.mkdir()
+    for file in two_steps.iterdir():
+        if held in ("all", file.name):
+            shutil.copy(file, out)
+    before = snapshot(out)
+    with pytest.raises(InputError, match=r"--out .*/run holds a run .*--resume, or name another folder"):
+        warm(out) if stage == "warmup" else reinforce(toy_run, out)
+    assert snapshot(out) == before != {}
+
+
+def test_a_model_without_trainer_pt_is_not_resumed_and_stays_as_it_is(toy_run, two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / "run")
+    (tmp_path / "run" / "trainer.pt").unlink()
+    before = snapshot(tmp_path / "run")
+    for train in (lambda out: warm(out, resume=True), lambda out: reinforce(toy_run, out, resume=True)):
+        with pytest.raises(InputError, match=r"no trainer\.pt to resume; name another folder"):
+            train(tmp_path / "run")
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_resume_reads_trainer_pt_and_the_logs_and_nothing_else(toy_run, two_steps, tmp_path):
     reinforce(toy_run, tmp_path / "one")
-    reinforce(toy_run, tmp_path / "two", steps=2)
-    shutil.copytree(tmp_path / "two", tmp_path / "copy")
-    reinforce(toy_run, tmp_path / "copy", resume=True)
-    assert state(tmp_path / "copy") == state(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    for name in ("trainer.pt", *warmup.LOGS):
+        if (two_steps / name).exists():
+            shutil.copy(two_steps / name, tmp_path / "two")
+    for name in ("model.safetensors", "value_head.pt", "config.json"):
+        (tmp_path / "two" / name).write_text("of another save")
+    reinforce(toy_run, tmp_path / "two", resume=True)
+    assert state(tmp_path / "two") == state(tmp_path / "one")
+
+
+def test_a_log_that_is_shorter_than_at_the_checkpoint_is_refused(toy_run, two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("rb+") as file:
+        file.truncate(100)
+    with pytest.raises(InputError, match=r"metrics\.jsonl: shorter"):
+        reinforce(toy_run, tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize(
     ("flag", "value"), [("lr", 2e-3), ("seed", 1), ("skip_ratio", 0.125), ("correction", "retrace"), ("limit", 39)]
 )
-def test_resume_with_another_flag_names_it(toy_run, tmp_path, flag, value):
-    reinforce(toy_run, tmp_path / "rl", steps=1)
-    before = state(tmp_path / "rl")
+def test_resume_with_another_flag_names_it_and_changes_nothing(toy_run, two_steps, tmp_path, flag, value):
+    shutil.copytree(two_steps, tmp_path / "rl")
+    before = snapshot(tmp_path / "rl")
     with pytest.raises(InputError, match=f"--{flag.replace('_', '-')} {value}"):
         reinforce(toy_run, tmp_path / "rl", resume=True, **{flag: value})
-    assert state(tmp_path / "rl") == before
+    assert snapshot(tmp_path / "rl") == before
 
 
 def test_a_warm_up_is_not_resumed_with_other_steps(tmp_path):
@@ -142,12 +186,12 @@ def test_a_warm_up_is_not_resumed_with_other_steps(tmp_path):
         warm(tmp_path / "run", steps=4, resume=True)  # its learning rate falls to 0 at the last step
 
 
-def test_flags_that_change_nothing_are_free_on_resume(toy_run, tmp_path):
+def test_flags_that_change_nothing_are_free_on_resume(toy_run, two_steps, tmp_path):
     reinforce(toy_run, tmp_path / "one")
-    reinforce(toy_run, tmp_path / "two", steps=2)
+    shutil.copytree(two_steps, tmp_path / "two")
     free = {"micro_batch": 3, "max_rows": 4, "gradient_checkpointing": True, "save_every": 1, "eval_every": 4}
     reinforce(toy_run, tmp_path / "two", resume=True, **free)
-    one, two = (load(tmp_path / name, None, None)[0].state_dict() for name in ("one", "two"))
+    one, two = (load(tmp_path / name, None, None).state_dict() for name in ("one", "two"))
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-4
 
 
@@ -169,110 +213,152 @@ def test_fewer_steps_than_done_another_stage_and_another_reference_are_refused(t
 # ---- saves ----------------------------------------------------------------------------------------------------------
 
 
-def numbered(decoder, optimizer, number):
-    """Every weight and moment is `number`: a mixture of two saves shows."""
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter.fill_(number)
-    for moments in optimizer.state.values():
-        moments["exp_avg"].fill_(number)
-    return {"step": number}
-
-
-def check_numbered(run) -> int:
-    """The number that all of a run's checkpoint agrees on."""
-    decoder, _, _ = load(run, None, None)
+def check(run) -> tuple[int, set[int]]:
+    """The number that all of trainer.pt agrees on, and those of the other files, each of which agrees with itself."""
     trainer = torch.load(run / "trainer.pt", weights_only=True)
-    found = {trainer["step"], *(x.item() for p in decoder.parameters() for x in p.detach().unique())}
-    found |= {x.item() for m in trainer["optimizer"]["state"].values() for x in m["exp_avg"].unique()}
-    assert len(found) == 1, f"a mixture of {found}"
-    return found.pop()
+    moments = [m["exp_avg"] for m in trainer["optimizer"]["state"].values()]
+    found = {
+        trainer["state"]["step"],
+        *(x.item() for w in (*trainer["weights"].values(), *moments) for x in w.unique()),
+    }
+    assert len(found) == 1 and moments, f"trainer.pt is a mixture of {found}"
+    load(run, None, None)  # config, tokenizer and weights can be opened
+    files = (load_file(run / "model.safetensors"), torch.load(run / "value_head.pt", weights_only=True))
+    numbers = [{x.item() for weight in file.values() for x in weight.unique()} for file in files]
+    assert all(len(number) == 1 for number in numbers), f"mixtures: {numbers}"
+    return found.pop(), set.union(*numbers)
 
 
 @pytest.fixture
 def saver(toy_run, tmp_path):
-    """save(number) into tmp_path / "run", and that folder."""
-    decoder, tokenizer, _ = load(toy_run, None, None)
-    optimizer = warmup.make_optimizer(decoder)
-    for parameter in decoder.parameters():
+    """save(number) into tmp_path / "run", and that folder: every weight and moment is `number`, so that mixtures show."""
+    model = load(toy_run, None, None)
+    config = warmup.Config(model=str(toy_run), out=str(tmp_path / "run"), limit=2, max_new_tokens=4)
+    run = warmup.Run("warmup", config, model, [], 10)
+    for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "metrics.jsonl").write_text("{}\n")
+    run.optimizer.step()
+    run.append("metrics.jsonl", {})
 
     def save(number):
-        warmup.save_checkpoint(run, decoder, tokenizer, optimizer, numbered(decoder, optimizer, number))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(number)
+        for moments in run.optimizer.state.values():
+            moments["exp_avg"].fill_(number)
+        run.state["step"] = number
+        run.save()
 
-    return save, run
+    return save, run.out
 
 
-def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(saver):
+def test_kill_9_at_any_moment_leaves_a_whole_trainer_pt_and_other_files_of_it_or_of_the_next_save(saver):
     save, run = saver
     save(0)
+    started = time.perf_counter()
+    save(0)
+    seconds = time.perf_counter() - started
     last, advanced = 0, 0
     for attempt in range(25):
         child = os.fork()  # no imports: it saves from its first moment on
         if child == 0:
             for number in range(last + 1, last + 10_000):
                 save(number)
-        time.sleep(0.01 + 0.0137 * attempt)
+        time.sleep(seconds * (0.2 + 0.15 * attempt))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        found = check_numbered(run)
-        assert found >= last
+        found, others = check(run)
+        assert found >= last and others <= {found, found + 1}
         advanced += found > last
         last = found
     assert advanced > 10  # or the kills came before anything was saved
 
 
+def test_kill_9_before_any_rename_of_a_save_leaves_trainer_pt_as_it_was(saver, monkeypatch):
+    save, run = saver
+    save(1)
+    names, seen = sorted(os.listdir(run)), []
+    for count in range(100):
+        child = os.fork()
+        if child == 0:
+            left, replace = [count], os.replace
+
+            def stop(*args, left=left, replace=replace):
+                left[0] -= 1
+                replace(*args) if left[0] >= 0 else os.kill(os.getpid(), signal.SIGKILL)
+
+            os.replace = stop
+            save(2)
+            os._exit(0)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+            break
+        found, others = check(run)
+        assert found == 1 and others <= {1, 2}
+        seen.append(others)
+    assert {1} in seen and {2} in seen  # all files but trainer.pt may be newer; it comes last
+    assert check(run) == (2, {2}) and sorted(os.listdir(run)) == names
+
+
+def test_everything_has_reached_the_disk_before_the_first_file_moves(saver, monkeypatch):
+    save, run = saver
+    events, fsync, replace = [], os.fsync, os.replace
+    path = lambda number: Path(os.readlink(f"/proc/self/fd/{number}"))  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda number: events.append(path(number).name) or fsync(number))
+    monkeypatch.setattr(os, "replace", lambda a, b: events.append(Path(b)) or replace(a, b))
+    save(1)
+    moves = [event for event in events if isinstance(event, Path) and event.parent == run]
+    synced = {event for event in events[: events.index(moves[0])] if isinstance(event, str)}
+    assert synced >= {"metrics.jsonl", *(file.name for file in moves)} and moves[-1].name == "trainer.pt"
+
+
 def test_a_full_disk_keeps_the_old_checkpoint_and_leaves_no_half_file(saver):
     save, run = saver
     save(1)
-    files = sorted(run.rglob("*"))
+    files = snapshot(run)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for size in (1000, 200_000, 2_500_000):  # config.json fits; the tokenizer fits; the weights fit
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
         try:
-            with pytest.raises(InputError, match="cannot be written"):
+            with pytest.raises(InputError, match="cannot save"):
                 save(2)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert sorted(run.rglob("*")) == files and check_numbered(run) == 1
+        assert snapshot(run) == files and not (run / ".new").exists()
     save(3)
-    assert check_numbered(run) == 3
+    assert check(run) == (3, {3})
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_keeps_the_old_checkpoint(saver):
     save, run = saver
     save(1)
-    (run / ".checkpoints").chmod(0o500)
+    run.chmod(0o500)
     try:
-        with pytest.raises(InputError, match="cannot be written"):
+        with pytest.raises(InputError, match="cannot save"):
             save(2)
     finally:
-        (run / ".checkpoints").chmod(0o700)
-    assert check_numbered(run) == 1
+        run.chmod(0o700)
+    assert check(run) == (1, {1})
 
 
 def test_only_the_latest_checkpoint_stays(saver):
     save, run = saver
+    save(0)
+    names = sorted(os.listdir(run))
     for number in (1, 2, 2, 2, 3):
         save(number)
-        assert len(list((run / ".checkpoints").glob("step-*"))) == 1
-        assert check_numbered(run) == number
+        assert sorted(os.listdir(run)) == names and check(run) == (number, {number})
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "value_head.pt", "trainer.pt", "config.json", "tokenizer.json"])
 @pytest.mark.parametrize("damage", ["cut", "foreign"])
-def test_a_cut_or_foreign_file_is_refused_by_name(toy_run, tmp_path, name, damage):
-    reinforce(toy_run, tmp_path / "rl", steps=1)
+def test_a_cut_or_foreign_file_is_refused_by_name(toy_run, two_steps, tmp_path, name, damage):
+    shutil.copytree(two_steps, tmp_path / "rl")
     file = tmp_path / "rl" / name
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2] if damage == "cut" else b"PK\x03\x04 something else")
     with pytest.raises(InputError, match=name):
-        reinforce(toy_run, tmp_path / "rl", resume=True)
+        reinforce(toy_run, tmp_path / "rl", resume=True) if name == "trainer.pt" else load(tmp_path / "rl", None, None)
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------
@@ -284,12 +370,12 @@ def test_the_first_signal_finishes_the_step_saves_and_names_the_resume_command(
 ):
     monkeypatch.setattr("sys.argv", ["rl.py", "--out", "a b"])
     before = signal.getsignal(number)
-    hit_at(monkeypatch, rl, 2, lambda: os.kill(os.getpid(), number))
+    hit_at(monkeypatch, 2, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as stopped:
         reinforce(toy_run, tmp_path / "rl")
     assert stopped.value.code == code
     assert "python rl.py --out 'a b' --resume" in capsys.readouterr().out
-    assert torch.load(tmp_path / "rl" / "trainer.pt", weights_only=True)["step"] == 2
+    assert torch.load(tmp_path / "rl" / "trainer.pt", weights_only=True)["state"]["step"] == 2
     assert signal.getsignal(number) == before
 
 
@@ -299,7 +385,7 @@ def test_a_second_signal_leaves_at_once(toy_run, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
-    hit_at(monkeypatch, rl, 1, twice)
+    hit_at(monkeypatch, 1, twice)
     child = os.fork()
     if child == 0:
         reinforce(toy_run, tmp_path / "rl")
@@ -315,51 +401,66 @@ def weights(run):
     return (run / "model.safetensors").read_bytes(), (run / "value_head.pt").read_bytes()
 
 
-def spoil(monkeypatch, module, name, steps):
+def times_nan(loss):
+    return loss * torch.nan
+
+
+def plus_nan(loss):
+    return loss + torch.nan  # whose gradient is finite
+
+
+def spoil(monkeypatch, module, name, steps, how=times_nan):
     """Make the loss of these batches (from 1) nan."""
-    real, step = getattr(module, name), [0]
-    real_record = warmup.append_record
-
-    def record(file, line):
-        step[0] += file.name == "metrics.jsonl"
-        real_record(file, line)
-
-    monkeypatch.setattr(module, "append_record", record)
-    monkeypatch.setattr(module, name, lambda *args: real(*args) * (torch.nan if step[0] + 1 in steps else 1.0))
+    real, record, step = getattr(module, name), warmup.Run.record, [1]
+    monkeypatch.setattr(warmup.Run, "record", lambda *args: record(*args) or step.append(step.pop() + 1))
+    monkeypatch.setattr(module, name, lambda *args: (how if step[0] in steps else torch.clone)(real(*args)))
 
 
-def test_a_loss_that_is_not_finite_changes_no_weight_and_its_batch_is_written_down(toy_run, tmp_path, monkeypatch):
-    reinforce(toy_run, tmp_path / "good", steps=2)
-    spoil(monkeypatch, rl, "policy_loss", {3})
-    reinforce(toy_run, tmp_path / "bad", steps=3)
+@pytest.mark.parametrize("how", [times_nan, plus_nan])
+@pytest.mark.parametrize("stage", ["warmup", "rl"])
+def test_a_loss_that_is_not_finite_changes_no_weight_and_its_batch_is_written_down(
+    toy_run, tmp_path, monkeypatch, stage, how
+):
+    """rl.py: each batch is 2 passes over 2 minibatches."""
+    if stage == "rl":
+        reinforce(toy_run, tmp_path / "good", steps=2)
+        spoil(monkeypatch, rl, "policy_loss", {3}, how)
+        reinforce(toy_run, tmp_path / "bad", steps=3)
+    else:
+        hit_at(monkeypatch, 2, lambda: shutil.copytree(tmp_path / "bad", tmp_path / "good"))
+        spoil(monkeypatch, warmup, "token_logp", {2}, how)
+        warm(tmp_path / "bad", steps=2, save_every=1)
     assert weights(tmp_path / "bad") == weights(tmp_path / "good")
-    records = read_metrics(tmp_path / "bad")
-    assert [record["nonfinite_updates"] for record in records] == [0, 0, 4]  # 2 passes of 2 minibatches
-    assert records[2]["policy_loss"] is None
+    *records, record = read_metrics(tmp_path / "bad")
+    assert record["nonfinite_updates"] == (4 if stage == "rl" else 1) and not any(
+        r["nonfinite_updates"] for r in records
+    )
+    assert record["policy_loss" if stage == "rl" else "loss"] is None
     (bad,) = [json.loads(line) for line in (tmp_path / "bad" / "bad_batches.jsonl").read_text().splitlines()]
-    assert bad["step"] == 3 and bad["problems"] == warmup.batch_indices(0, 3, 4, 40)
+    assert bad["step"] == record["step"]
+    assert bad["problems"] == warmup.batch_indices(0, bad["step"], 4 if stage == "rl" else 8, 40)
 
 
-def test_a_gradient_or_loss_that_is_not_finite_changes_no_weight_and_no_moment():
-    decoder = torch.nn.Linear(2, 1)
-    optimizer = torch.optim.AdamW(decoder.parameters())
-    for gradient, loss in ((1.0, 1.0), (torch.inf, 1.0), (torch.nan, 1.0), (2.0, torch.nan)):
-        decoder.weight.grad = torch.tensor([[1.0, gradient]])
-        before = [p.clone() for p in decoder.parameters()], optimizer.state_dict()["state"].get(0, {}).copy()
-        norm = warmup.optimizer_step(decoder, optimizer, 0.1, loss)
+def test_a_gradient_that_is_not_finite_changes_no_weight_and_no_moment():
+    model = torch.nn.Linear(2, 1)
+    run = SimpleNamespace(model=model, optimizer=torch.optim.AdamW(model.parameters()))
+    for gradient in (1.0, torch.inf, torch.nan):
+        model.weight.grad = torch.tensor([[1.0, gradient]])
+        before = model.weight.detach().clone(), [v.clone() for v in run.optimizer.state[model.weight].values()]
+        norm = warmup.Run.update(run, 0.1)
         if gradient == 1.0:
-            assert norm > 0 and not torch.equal(before[0][0], decoder.weight)
+            assert norm > 0 and not torch.equal(before[0], model.weight)
         else:
-            assert norm != norm and torch.equal(before[0][0], decoder.weight)
-            assert all(torch.equal(x, before[1][k]) for k, x in optimizer.state_dict()["state"][0].items())
-        assert decoder.weight.grad is None
+            assert norm != norm and torch.equal(before[0], model.weight)
+            after = run.optimizer.state[model.weight].values()
+            assert all(torch.equal(x, y) for x, y in zip(before[1], after, strict=True)) and before[1]
+        assert model.weight.grad is None
 
 
 @pytest.mark.parametrize("stage", ["warmup", "rl"])
 def test_three_bad_batches_in_a_row_stop_the_run_with_the_weights_before_them(toy_run, tmp_path, monkeypatch, stage):
-    spoil(
-        monkeypatch, {"warmup": warmup, "rl": rl}[stage], {"warmup": "token_logp", "rl": "value_loss"}[stage], {2, 3, 4}
-    )
+    module, name = {"warmup": (warmup, "token_logp"), "rl": (rl, "value_loss")}[stage]
+    spoil(monkeypatch, module, name, {2, 3, 4})
     with pytest.raises(FloatingPointError, match=r"3 batches in a row.*bad_batches\.jsonl"):
         (warm(tmp_path / "run", steps=9) if stage == "warmup" else reinforce(toy_run, tmp_path / "run", steps=9))
     assert len(read_metrics(tmp_path / "run")) == 4
@@ -379,7 +480,7 @@ def test_weights_that_are_not_finite_are_refused(toy_run, tmp_path):
     with torch.no_grad():
         decoder.norm.weight[3] = torch.nan
     decoder.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"model\.norm\.weight holds nan"):
+    with pytest.raises(InputError, match="a weight is nan or infinite"):
         Decoder.from_pretrained(tmp_path)
 
 
@@ -404,7 +505,7 @@ def saved_bytes(decoder, tokens):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(toy_run, dtype):
-    decoder, _, _ = load(toy_run, None, dtype)
+    decoder = load(toy_run, None, dtype)
     tokens = torch.arange(48).view(4, 12)
     much, expected = saved_bytes(decoder, tokens)
     decoder.gradient_checkpointing = True
@@ -414,8 +515,7 @@ def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(toy_run, 
 
 
 def test_the_bf16_reference_gives_the_same_numbers_in_less_memory(toy_run):
-    decoder, _, _ = load(toy_run, None, "bfloat16")
-    reference, _, _ = load(toy_run, None, "bfloat16")
+    decoder, reference = load(toy_run, None, "bfloat16"), load(toy_run, None, "bfloat16")
     rl.freeze(reference)
     tokens = torch.arange(48).view(4, 12)
     assert torch.equal(decoder.logits(decoder(tokens)), reference.logits(reference(tokens)))
@@ -424,29 +524,36 @@ def test_the_bf16_reference_gives_the_same_numbers_in_less_memory(toy_run):
     assert not any(p.requires_grad for p in reference.parameters())
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=type)
-def test_out_of_memory_names_the_flag_to_turn(toy_run, tmp_path, monkeypatch, error):
-    def fail(*args, **kwargs):
-        raise error
-
-    decoder, _, eos_ids = load(toy_run, None, None)
-    monkeypatch.setattr(Decoder, "new_cache", fail)
-    with pytest.raises(InputError, match="--max-rows"):
-        sample(decoder, [[1, 2]], max_new_tokens=4, eos_id=eos_ids, pad_id=0)
-    monkeypatch.undo()
-    monkeypatch.setattr(rl, "policy_loss", fail)
-    with pytest.raises(InputError, match=r"--micro-batch.*--gradient-checkpointing"):
-        reinforce(toy_run, tmp_path / "rl")
-    monkeypatch.setattr(warmup, "token_logp", fail)
-    with pytest.raises(InputError, match=r"--micro-batch.*--gradient-checkpointing"):
-        warm(tmp_path / "warmup")
+def gpu_is_full(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_memory_that_the_cpu_cannot_give_names_the_flag(toy_run):
-    decoder, _, eos_ids = load(toy_run, None, None)
-    decoder.new_cache = lambda *args: torch.empty(2**60)
-    with pytest.raises(InputError, match="--max-rows"):
-        sample(decoder, [[1, 2]], max_new_tokens=4, eos_id=eos_ids, pad_id=0)
+def python_is_full(*args):
+    raise MemoryError
+
+
+def cpu_is_full(*args):
+    return torch.empty(2**60)
+
+
+def another_error(*args):
+    raise RuntimeError("shapes do not match")
+
+
+@pytest.mark.parametrize("where", [(Decoder, "new_cache"), (rl, "policy_loss"), (warmup, "token_logp")], ids=str)
+@pytest.mark.parametrize("error", [gpu_is_full, python_is_full, cpu_is_full, another_error])
+def test_out_of_memory_is_one_line_that_names_the_flags_to_turn(toy_run, tmp_path, monkeypatch, capsys, where, error):
+    script = warmup if where[0] is warmup else rl
+    model = [] if script is warmup else ["--model", str(toy_run), "--rollout-batch", "4"]
+    out = ["--out", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", ["x.py", *model, *out, "--limit", "4", "--steps", "1", "--max-new-tokens", "4"])
+    monkeypatch.setattr(*where, error)
+    with pytest.raises(RuntimeError if error is another_error else SystemExit) as stopped:
+        run_script(script.main, script.Config)
+    if error is not another_error:
+        line = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert stopped.value.code == 2 and len(line) == 1 and line[0].startswith("error: out of memory")
+        assert all(flag in line[0] for flag in ("--micro-batch", "--max-rows", "--gradient-checkpointing"))
 
 
 def test_peak_memory_is_logged(toy_run):
