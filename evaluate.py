@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from model import Decoder, load, named_in_errors, rank, read_json, write_json
+from model import Decoder, check_checkpoint, load, named_in_errors, rank, read_json, write_json
 from reward import TASKS, InputError, Problem, load_problems, make_target
 from rollout import SharedConfig, encode_prompts, flag, grade, prompt_seeds, run_script, sample
 
@@ -46,16 +46,16 @@ class Config(Flags):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.keep_correct is not None and not (
-            len(self.runs) == 1 <= self.samples and self.data != self.keep_correct
-        ):
-            raise InputError("--keep-correct FILE takes one run, --samples of 1 or more, and another file than --data")
+        if self.keep_correct is not None and (len(self.runs) > 1 or self.samples < 1):
+            raise InputError("--keep-correct FILE takes one run and --samples of 1 or more")
+        if self.data and self.keep_correct and Path(self.data).resolve() == Path(self.keep_correct).resolve():
+            raise InputError(f"--keep-correct is {self.keep_correct}, it must be another file than --data")
 
 
 def main(config: Config) -> list[dict]:
     """Evaluate every run, write its evaluation.json, print one table; compare groups of runs."""
-    if missing := [run for run in config.runs if Path(run).exists() and not (Path(run) / "config.json").exists()]:
-        raise InputError(f"{missing[0]}: not a checkpoint (a folder with config.json)")
+    for run in config.runs:
+        check_checkpoint(run)  # a wrong name is refused now, not after an hour
     out, results = make_folder(config.out), []
     for run in config.runs:
         one = as_trained(config, run)

@@ -100,9 +100,7 @@ def read_config(hf: PreTrainedConfig) -> ModelConfig:
             norm_eps=1e-5,
             norm_affine=hf.layer_norm_elementwise_affine,
             rope=None,
-            qkv_bias=hf.enable_bias,
-            out_bias=hf.enable_bias,
-            mlp_bias=hf.enable_bias,
+            **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), hf.enable_bias),
             qk_norm=False,
             init_std=hf.init_std,
         )
@@ -327,14 +325,16 @@ class Decoder(nn.Module):
     @classmethod
     def from_pretrained(cls, source: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> "Decoder":
         """Read a Hugging Face directory or hub id; `value_head.pt` too where there is one, else V_phi = 0."""
-        with named_in_errors(f"{source}, config.json"):
+        check_checkpoint(source)
+        where = source if Path(source).exists() else f"{source} (no local folder of that name)"
+        with named_in_errors(f"{where}, config.json"):
             raw, _ = PreTrainedConfig.get_config_dict(source)
             if (kind := raw.get("model_type")) not in ("llama", "qwen2", "qwen3", "opt"):
                 raise InputError(f"{source}: unknown architecture {kind!r}; supported: llama, qwen2, qwen3, opt")
             hf_config = AutoConfig.from_pretrained(source)
             config = read_config(hf_config)  # refused before the weights are read
             hf_config.eos_token_id = raw.get("eos_token_id")  # transformers fills in a default
-        with named_in_errors(f"{source}, model.safetensors or what stands for it"):
+        with named_in_errors(f"{where}, model.safetensors or what stands for it"):
             how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below
             hf, report = AutoModelForCausalLM.from_pretrained(source, **how)
             found = {name: cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in COPIED}
@@ -415,6 +415,12 @@ def hf_views(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tenso
     return views
 
 
+def check_checkpoint(source: str | Path):
+    """InputError for a file or folder that is no checkpoint; hub ids pass."""
+    if Path(source).exists() and not (Path(source) / "config.json").exists():
+        raise InputError(f"{source}: not a checkpoint (a folder with config.json)")
+
+
 @contextlib.contextmanager
 def named_in_errors(file: str | Path):
     """Whatever a library says of a broken file becomes one line that names it."""
@@ -457,10 +463,8 @@ def sample_skip(num_layers: int, skip_ratio: float, generator: torch.Generator |
     """
     count = round(skip_ratio * num_layers)
     if not 0 <= count <= max(num_layers - 3, 0):
-        raise InputError(
-            f"--skip-ratio {skip_ratio:g} would skip {count} of {num_layers} layers: "
-            f"the first, the last and one inner layer stay, so at most {max(num_layers - 3, 0) / num_layers:.3f}"
-        )
+        most = f"at most {max(num_layers - 3, 0) / num_layers:.3f}: the first, the last and one inner layer stay"
+        raise InputError(f"--skip-ratio {skip_ratio:g} would skip {count} of {num_layers} layers; {most}")
     skip = torch.zeros(num_layers, dtype=torch.bool)
     skip[1 + torch.randperm(max(num_layers - 2, 0), generator=generator)[:count]] = True
     return skip

@@ -79,7 +79,7 @@ class Config(TrainConfig):
             self.gamma = self.lam = 1.0  # every token gets the whole reward of its completion
         if self.advantage == "group" or self.objective == "self-training":
             self.value_coef = 0.0  # no critic
-        if self.rollout_batch % self.samples or (self.advantage == "group" and self.samples < 2):
+        if not self.samples or self.rollout_batch % self.samples or (self.advantage == "group" and self.samples < 2):
             rule = f"it must divide --rollout-batch {self.rollout_batch}, and be 2 or more for --advantage group"
             raise InputError(f"--samples is {self.samples}, {rule}")
         if Path(self.out).resolve() == Path(self.model).resolve():
@@ -201,7 +201,7 @@ def ppo_update(run: Run, rollout: Rollout, batch_tensors: tuple[Tensor, ...], ba
     config, tokens, lengths, mask = run.config, rollout.tokens, rollout.lengths, rollout.action_mask
     sums, grad_norms = torch.zeros(4, dtype=torch.float64), []  # policy loss, value loss, clipped tokens, tokens
     for rows, lr in batches:
-        rows = rows.to(tokens.device)
+        rows, loss_sum = rows.to(tokens.device), torch.zeros((), device=tokens.device)
         denominator = int(mask[rows].sum())  # of the whole optimizer step: the micro-batch size changes nothing
         for part, T in micro_batches(lengths[rows], config.micro_batch):
             mb = rows[part]
@@ -212,12 +212,14 @@ def ppo_update(run: Run, rollout: Rollout, batch_tensors: tuple[Tensor, ...], ba
             correction = (config.clip, config.correction, config.cap)
             pg_loss = policy_loss(*ratios, advantages, mb_mask, *correction, denominator)  # eq. (9)
             v_loss = value_loss(values, values_old, returns, mb_mask, config.clip, denominator)  # eq. (10)
-            (pg_loss + config.value_coef * v_loss).backward()  # eq. (11)
+            loss = pg_loss + config.value_coef * v_loss  # eq. (11)
+            loss.backward()
+            loss_sum += loss.detach()
             ratio = importance_ratio(*ratios, config.correction)
             clipped = ((ratio - 1) * advantages.sign() > config.clip) & mb_mask  # no gradient comes from there
             done = [pg_loss.item() * denominator, v_loss.item() * denominator, clipped.sum(), mb_mask.sum()]
             sums += torch.tensor(done, dtype=torch.float64)
-        grad_norms.append(run.update(lr))
+        grad_norms.append(run.update(lr, loss_sum))
     policy, value, clip_fraction = (total(sums)[:3] / total(sums)[3]).tolist()
     losses = {"policy_loss": policy, "value_loss": value, "clip_fraction": clip_fraction}
     return losses | {"grad_norm": sum(grad_norms) / len(grad_norms)}  # before it is clipped to 1
@@ -275,7 +277,8 @@ def main(config: Config) -> dict:
         if config.advantage == "group":
             end_reward, values_old = group_relative(reward, config.samples), torch.zeros_like(values_old)  # no critic
         kl_ref = logp_old - logp_ref  # (N, T-1)
-        rewards = at_last_action(end_reward, rollout) - config.kl_coef * kl_ref  # (N, T-1), eq. (4)
+        rewards = -config.kl_coef * kl_ref  # eq. (4), (N, T-1): the penalty at every token,
+        rewards[torch.arange(len(mask)), rollout.lengths - 2] += end_reward  # r at the last: tokens[lengths - 1]
         _, trace = correction_terms(config.correction, logp_old, logp_behav, mask, config.cap)
         advantages, returns = gae(rewards, values_old, mask, config.gamma, config.lam, trace)  # eqs. (5)-(7)
         if config.advantage == "gae":
@@ -312,12 +315,6 @@ def main(config: Config) -> dict:
     return run.finish(curves, f"python evaluate.py {config.model} {config.out}")
 
 
-def at_last_action(x: Tensor, rollout: Rollout) -> Tensor:
-    """(N,) -> (N, T-1): x at the last action of each completion, 0 elsewhere; it draws token `lengths - 1`."""
-    columns = torch.arange(rollout.logp_behav.shape[1], device=x.device)
-    return torch.where(columns == rollout.lengths[:, None] - 2, x[:, None].to(rollout.logp_behav.dtype), 0.0)
-
-
 def freeze(reference: Decoder):
     """No gradients; where passes run in bf16 anyway, bf16 linear layers: the same numbers in half the memory."""
     reference.requires_grad_(False)
@@ -339,7 +336,6 @@ def outcome_shares(rollout: Rollout, grades: Grades) -> dict[str, float]:
         "accuracy": shares.pop("right"),  # of mu's samples; greedy_accuracy (--eval-every) is that of the full model
         "length": (rollout.lengths - rollout.prompt_lens).double().mean().item(),  # sampled tokens, EOS included
         **shares,  # cut: no EOS within --max-new-tokens, see OUTCOMES for the others
-        "finished": rollout.finished.double().mean().item(),
     }
 
 

@@ -219,8 +219,7 @@ def exact_kl_behav(model: Decoder, rollout: Rollout) -> Tensor:
 
 # ---- prompts --------------------------------------------------------------------------------------------------------
 
-# the system prompt of Qwen2.5-Math-Instruct; for programs it is ours
-SYSTEM_PROMPTS = {
+SYSTEM_PROMPTS = {  # nl: that of Qwen2.5-Math-Instruct; for programs it is ours
     "nl": "Please reason step by step, and put your final answer within \\boxed{}.",
     "python": "Write a Python function solution() that returns the answer. Reply with the function alone.",
 }

@@ -174,7 +174,7 @@ def supervised_step(run: "Run", examples: list, lr: float, skip: Tensor | None =
         loss = -logp.sum() / denominator  # eq. (1)
         loss.backward()
         loss_sum += loss.detach()
-    return total(loss_sum).item(), run.update(lr)
+    return total(loss_sum).item(), run.update(lr, loss_sum)
 
 
 def batch_indices(seed: int, step: int, batch: int, count: int) -> list[int]:
@@ -314,13 +314,13 @@ class Run:
         self.stop = heard[:1] or self.stop
         return bool(heard)  # not `self.stop`: a signal may have come since, to this process alone
 
-    def update(self, lr: float) -> float:
+    def update(self, lr: float, loss: Tensor) -> float:
         """Clip the gradient to norm 1, step, clear; returns the norm before clipping.
 
-        Where it is not finite, no weight and no moment of Adam changes, and the result is nan.
+        Where it or the loss is not finite, no weight and no moment of Adam changes, and the result is nan.
         """
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)).item()
-        finite = math.isfinite(grad_norm)
+        finite = math.isfinite(grad_norm) and math.isfinite(total(loss))
         if finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr

@@ -61,6 +61,7 @@ BAD_CHOICES = [
     ("evaluate", "--engine", "perl"),
     ("evaluate", "--prompt-style", "magic"),
     ("rollout", "--dtype", "int8"),
+    ("rl", "--device", "gpu"),
 ]
 BAD_FLAGS = [
     ("rl", "--skip-ratio", "1.5"),
@@ -141,14 +142,13 @@ def test_an_impossible_ratio_stops_before_anything_is_written(monkeypatch, capsy
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("device", ["cuda", "gpu"])
-def test_a_device_that_is_not_there_is_named(script, device, monkeypatch, capsys, toy_run, tmp_path):
+def test_cuda_asked_for_and_absent_stops_before_anything_is_written(script, monkeypatch, capsys, toy_run, tmp_path):
     monkeypatch.chdir(tmp_path)
     model = {"warmup": [], "evaluate": [toy_run]}.get(script, ["--model", toy_run])
-    assert run(monkeypatch, script, *model, "--device", device, "--limit", 9) == 2
+    assert run(monkeypatch, script, *model, "--device", "cuda", "--limit", 9) == 2
     error = capsys.readouterr().err.strip()
-    assert f"--device {device}" in error and len(error.splitlines()) == 1
-    assert script == "evaluate" or not list(tmp_path.iterdir())
+    assert error.startswith("error: --device is cuda") and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 GOOD = '{"question": "What is 1 + 1?", "answer": "1 + 1 = 2\\n#### 2"}\n'
@@ -175,7 +175,7 @@ BAD_INPUT = {
         [],
         ["end-of-sequence"],
     ),
-    "a vocabulary larger than the embedding": (lambda run: cut_embedding(run), [], ["rows in the embedding"]),
+    "a vocabulary larger than the embedding": (lambda run: cut_embedding(run), [], ["embedding of 300 rows"]),
     "the checkpoint is a file": (GOOD, ["--model", "data.jsonl"], ["data.jsonl", "not a checkpoint"]),
     "the folder has no checkpoint": (GOOD, ["--model", "."], ["not a checkpoint"]),
     "--out is a file": (GOOD, ["--out", "data.jsonl"], ["data.jsonl: cannot be written"]),
@@ -233,7 +233,7 @@ def test_bad_input_is_one_line_with_exit_code_2_and_nothing_written(
     [
         ("evaluate", ["file"], "file: not a"),
         ("evaluate", ["MODEL", "file"], "file: not a"),  # before the first one takes its time
-        ("rollout", ["--model", "file"], "file: "),
+        ("rollout", ["--model", "file"], "file: not a"),
         ("evaluate", ["MODEL", "--out", "file"], "file: cannot be written"),
         ("evaluate", ["MODEL", "--keep-correct", "file/x", "--samples", 1], "file: cannot be written"),
     ],
