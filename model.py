@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -559,6 +559,14 @@ def gathered(model: Decoder) -> Iterator[None]:
     for block in blocks:
         block.reshard()
         block.set_reshard_after_forward(block is not model, recurse=False)
+
+
+def add(parameter: nn.Parameter, change: Tensor):
+    """parameter += change, outside of autograd; of a sharded one each process takes its part."""
+    change = change.to(parameter.dtype)
+    if isinstance(parameter, DTensor):
+        change = distribute_tensor(change, parameter.device_mesh, parameter.placements)
+    parameter.data += change
 
 
 def whole(x: Tensor) -> Tensor:

@@ -27,10 +27,11 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Decoder, load, sample_skip, shard, total
-from reward import InputError, load_problems
+from model import Decoder, add, gathered, load, sample_skip, shard, total
+from reward import TOY_STEPS, InputError, load_problems
 from rollout import OUTCOMES, Grades, Rollout, encode_prompts, flag, grade, run_script, sample, token_logp
 from warmup import Run, TrainConfig, batch_indices, encode_examples, fingerprint, micro_batches, supervised_step
 
@@ -42,7 +43,9 @@ TOY |= {"correction": "prefix"}
 PRETRAINED = {"steps": 1000, "rollout_batch": 32, "minibatch": 32, "lr": 3e-7, "kl_coef": 0.05, "value_coef": 5.0}
 PRETRAINED |= {"correction": "truncated"}
 Correction = Literal["none", "ratio", "truncated", "retrace", "prefix"]  # see `correction_terms`
-LR_RAMP = 10  # optimizer steps until the learning rate is constant
+LR_RAMP = 10  # optimizer steps until the learning rate is at its height
+RIDGE = 0.04  # of the critic's fit, times (features / completions)^2
+FIT_SHARE = 0.5  # how far the critic moves to the fit of a batch; 1 / step while that is more
 
 
 @dataclass
@@ -62,19 +65,17 @@ class Config(TrainConfig):
     samples: int = flag(1, "completions a prompt; divides --rollout-batch")
     ppo_epochs: int = flag(2, "passes over each batch")
     minibatch: int | None = flag(None, "completions of one optimizer step (toy: 64, else 32)")
-    lr: float | None = flag(None, "learning rate, constant after its first steps (toy: 1e-4, else 3e-7)")
+    lr: float | None = flag(None, "learning rate, rises over 10 updates, falls to 0 (toy: 1e-4, else 3e-7)")
     kl_coef: float | None = flag(None, "beta of eq. (4) (toy and programs: 0.01, else 0.05)")
     gamma: float = flag(1.0, "discount of eqs. (5) and (6)")
-    lam: float = flag(0.95, "GAE decay of eq. (6); 1 with prefix and skipped layers, whose traces would be biased")
+    lam: float = flag(1.0, "GAE decay of eq. (6); ReFT: 0.95, which pulls long completions down where V knows little")
     clip: float = flag(0.2, "epsilon of eqs. (9) and (10)")
     value_coef: float | None = flag(None, "alpha of eq. (11) (toy: 0.1, else 5)")
 
     def __post_init__(self):
         programs = {"kl_coef": 0.01} if self.engine == "python" else {}
-        self.fill_in(TOY if self.task == "toy" else PRETRAINED | programs)
+        self.fill_in(TOY if self.task in TOY_STEPS else PRETRAINED | programs)
         super().__post_init__()
-        if self.correction == "prefix" and (self.skip_ratio or self.target_kl_behav):
-            self.lam = 1.0
         if self.advantage == "group":
             self.gamma = self.lam = 1.0  # every token gets the whole reward of its completion
         if self.advantage == "group" or self.objective == "self-training":
@@ -190,7 +191,7 @@ def minibatches(count: int, config: Config, step: int, generator: torch.Generato
     for _ in range(config.ppo_epochs):
         for rows in torch.randperm(count, generator=generator).split(config.minibatch):
             updates += 1
-            yield rows, config.lr * min(1, updates / LR_RAMP)
+            yield rows, config.lr * min(1, updates / LR_RAMP) * (1 - (step - 1) / config.steps)
 
 
 def ppo_update(run: Run, rollout: Rollout, batch_tensors: tuple[Tensor, ...], batches: Iterator) -> dict[str, float]:
@@ -223,6 +224,31 @@ def ppo_update(run: Run, rollout: Rollout, batch_tensors: tuple[Tensor, ...], ba
     policy, value, clip_fraction = (total(sums)[:3] / total(sums)[3]).tolist()
     losses = {"policy_loss": policy, "value_loss": value, "clip_fraction": clip_fraction}
     return losses | {"grad_norm": sum(grad_norms) / len(grad_norms)}  # before it is clipped to 1
+
+
+@torch.no_grad()
+def fit_value_head(model: Decoder, rollout: Rollout, returns: Tensor, micro_batch: int, share: float):
+    """The critic: V_phi moves a share of the way to the least-squares fit of these returns, (N, T-1); the trunk stays.
+
+    V_phi = w h is linear in w, so eq. (10) without its clip has an exact minimum, one Newton step away:
+    w += share * (H + ridge)^-1 sum_t h_t (R_t - V_phi(s_t)), H = sum_t h_t h_t^T, h_t with a 1 behind it for the bias.
+    A completion has one reward, so N of them tell little about d > N weights: the ridge grows, up to a V of the mean alone.
+    """
+    mask, d = rollout.action_mask, model.config.hidden_size
+    moments = torch.zeros(d + 1, d + 2, dtype=torch.float64, device=returns.device)  # H, and the sum beside it
+    with gathered(model):
+        for rows, T in micro_batches(rollout.lengths, micro_batch):
+            mb_mask = mask[rows, : T - 1]  # (n, T-1)
+            hidden = model(rollout.tokens[rows, :T])[:, :-1][mb_mask]  # (actions, d)
+            residual = returns[rows, : T - 1][mb_mask] - model.values(hidden)  # (actions,)
+            h = F.pad(hidden.double(), (0, 1), value=1.0)  # (actions, d + 1)
+            moments += h.T @ torch.cat([h, residual[:, None]], 1)
+    moments = total(moments)
+    moments.diagonal()[:-1].mul_(1 + RIDGE * (d / len(mask)) ** 2).add_(1e-9)  # + 1e-9: a feature may always be 0
+    move = share * torch.linalg.solve(moments[:, :-1], moments[:, -1])  # (d + 1,)
+    if move.isfinite().all():
+        add(model.value_head.weight, move[None, :-1])
+        add(model.value_head.bias, move[-1:])
 
 
 def self_training_update(run: Run, examples: list, batches: Iterator) -> dict[str, float]:
@@ -288,6 +314,8 @@ def main(config: Config) -> dict:
         if config.objective == "ppo":
             batch_tensors = (logp_old, logp_behav, values_old, advantages, returns)
             losses = ppo_update(run, rollout, batch_tensors, minibatches(len(mask), config, step, generator))
+            if config.advantage == "gae" and not run.left_out:
+                fit_value_head(model, rollout, returns, config.micro_batch, max(1 / step, FIT_SHARE))
         else:
             examples = [pair for pair, r in zip(rollout.pairs(), reward.tolist(), strict=True) if r == 1]
             examples += [annotated[i] for i in chosen if problems[i].cot]
@@ -309,7 +337,7 @@ def main(config: Config) -> dict:
             run.state["level"] = next_level(run.state["level"], numbers["kl_behav"], config.target_kl_behav, num_layers)
         said = "reward {:g}, gold {}\n{}\n>>> {}\n"
         texts = [said.format(reward[n], batch[n].answer, batch[n].question, grades.texts[n]) for n in (0, -1)]
-        run.record(numbers, chosen, texts, warnings(numbers))
+        run.record(numbers, chosen, texts, warnings(numbers, step, config.lam))
 
     curves = ("reward", "accuracy", "length", "kl_ref", "kl_behav", "entropy", "greedy_accuracy")
     return run.finish(curves, f"python evaluate.py {config.model} {config.out}")
@@ -339,8 +367,12 @@ def outcome_shares(rollout: Rollout, grades: Grades) -> dict[str, float]:
     }
 
 
-def warnings(numbers: dict) -> Iterator[tuple[str, str]]:
+def warnings(numbers: dict, step: int, lam: float) -> Iterator[tuple[str, str]]:
     """(kind, text) of what a user should know of this batch."""
+    knows = numbers["explained_variance"]
+    if lam < 1 and step > 5 and numbers["length"] > 1 / (1 - lam) and knows < 0.1:
+        short = f"--lam {lam:g} reaches {1 / (1 - lam):.0f} tokens back, completions have {numbers['length']:.0f}"
+        yield "lam", f"{short}, and the critic explains {knows:.2f} of the returns: long ones fall behind; try --lam 1"
     if numbers["kl_behav"] > 0.05 or numbers["ess_tokens"] < 0.5:
         far = f"KL(mu||pi) is {numbers['kl_behav']:.3f} per token and the effective sample size {numbers['ess_tokens']:.2f}"
         yield "mu", f"{far}: skip fewer layers (--skip-ratio), or warm up with --layer-dropout"

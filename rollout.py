@@ -335,7 +335,7 @@ class SharedConfig:
     engine: Literal["nl", "python"] = flag("nl", "chains of thought: nl (natural language) or python (programs)")
     prompt_style: Literal["auto", "reft", "chat"] = flag("auto", "chat: the chat template; auto: chat for chat models")
     unsafe_exec: bool = flag(False, "run model-written programs even where the system cannot hold them back")
-    max_new_tokens: int | None = flag(None, "longest completion in tokens (default: 64 for toy, else 400)")
+    max_new_tokens: int | None = flag(None, "longest completion in tokens (toy: 64, toy-long: 128, else 400)")
     max_rows: int = flag(512, "completions sampled at a time; lower it to save memory, the samples stay")
     device: Literal["cpu", "cuda"] | None = flag(None, "default: cuda where there is one")
     dtype: Literal["float32", "float64", "bfloat16"] | None = flag(None, "default: bfloat16 on cuda, else float32")
@@ -353,7 +353,7 @@ class SharedConfig:
         if self.engine == "python":
             execute(["def solution(): return 1"], self.unsafe_exec)  # refused here, not after an hour of training
         if self.max_new_tokens is None and self.task:  # ReFT: 700 tokens of which at most 300 are the prompt
-            self.max_new_tokens = 64 if self.task == "toy" else 400
+            self.max_new_tokens = {"toy": 64, "toy-long": 128}.get(self.task, 400)
 
     def fill_in(self, defaults: dict):
         """Flags that were not given take these values."""

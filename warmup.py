@@ -32,7 +32,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from evaluate import draw_curves, evaluate, make_folder
 from model import Decoder, load, named_in_errors, peak_memory, sample_skip, write_json
 from model import gather, rank, shard, total, whole, world_size  # several processes
-from reward import InputError, Problem, load_problems, make_prompt, make_target
+from reward import TOY_STEPS, InputError, Problem, load_problems, make_prompt, make_target
 from rollout import SharedConfig, encode_prompts, flag, is_chat, run_script, token_logp, turn_end
 
 TOY = {"batch": 32, "lr": 4e-3, "beta2": 0.95, "weight_decay": 0.1, "layer_dropout": 0.5, "epochs": 0.9}
@@ -58,7 +58,7 @@ class TrainConfig(SharedConfig):
 class Config(TrainConfig):
     """Flags of warmup.py; what is None is filled in from TOY or PRETRAINED."""
 
-    model: str | None = flag(None, "directory or hub id to start from (default: a new small decoder, task toy)")
+    model: str | None = flag(None, "directory or hub id to start from (default: a new small decoder, for toy tasks)")
     out: str = flag("runs/warmup", "directory of the run")
     steps: int | None = flag(None, "optimizer steps (default: as many as --epochs needs)")
     epochs: float | None = flag(None, "passes over the problems (toy: 0.9, pretrained: 2)")
@@ -71,8 +71,8 @@ class Config(TrainConfig):
     def __post_init__(self):
         self.fill_in(TOY if self.model is None else PRETRAINED)
         super().__post_init__()
-        if self.model is None and self.task != "toy":
-            raise InputError(f"--task is {self.task}, it must be toy unless --model names a pretrained model")
+        if self.model is None and self.task not in TOY_STEPS:
+            raise InputError(f"--task is {self.task}, without --model it must be one of {', '.join(TOY_STEPS)}")
 
 
 def main(config: Config) -> dict:
@@ -265,16 +265,13 @@ class Run:
             saved = torch.load(file, map_location="cpu", weights_only=True)
             if saved["stage"] != stage:
                 raise InputError(f"{file}: written by {saved['stage']}.py; {stage}.py cannot resume it")
-            before, done = saved["config"], saved["state"]["step"]
-        free = FREE_ON_RESUME | ({"steps"} if stage == "rl" else set())  # the learning rate of rl.py knows no end
-        changed = [name for name in now if name not in free and now[name] != before.get(name)]
+            before = saved["config"]
+        changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != before.get(name)]
         if changed:
             flags = ", ".join(f"--{name.replace('_', '-')} {now[name]} (there: {before.get(name)})" for name in changed)
             raise InputError(f"{file}: a run with other flags: {flags}; take the same ones or another --out")
         if saved["marks"] != self.fixed["marks"]:
             raise InputError(f"{file}: the training problems or the weights of --model are no longer those of this run")
-        if self.last < done:
-            raise InputError(f"--steps is {self.last}, but the run in {self.out} has done {done} already")
         return saved
 
     def cut_logs(self, sizes: dict[str, int]):
@@ -347,7 +344,7 @@ class Run:
             if kind not in state["warned"]:
                 state["warned"].append(kind)
                 tqdm.write(f"warning: at step {step} {text}")
-        if step % 5 == 1 and rank() == 0:
+        if texts and step % 5 == 1 and rank() == 0:
             with (self.out / "samples.txt").open("a", encoding="utf-8") as file:
                 file.writelines(f"--- step {step}, {text}" for text in texts)
         if bad:
@@ -381,7 +378,8 @@ class Run:
                 for file in (*new.iterdir(), *logs):
                     with file.open("rb+") as opened:
                         os.fsync(opened.fileno())
-                for file in sorted(new.iterdir(), key=lambda file: file.name == "trainer.pt"):
+                begun = (self.out / "trainer.pt").exists()  # if not, it comes first: a kill leaves something to resume
+                for file in sorted(new.iterdir(), key=lambda file: (file.name == "trainer.pt") == begun):
                     os.replace(file, self.out / file.name)
             except Exception as error:  # OSError, and what torch and safetensors make of it
                 reason = " ".join(str(error).split())[:200]

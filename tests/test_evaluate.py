@@ -149,17 +149,19 @@ def test_right_completions_are_kept_once_and_warm_up_trains_on_exactly_them(engi
     asked, said = [], []
 
     def graded(rollout, batch, model, config):
-        """Of the 4 samples of each problem: right, the same again, right in another form, wrong."""
-        assert len(rollout.tokens) == 4 * len(batch)
-        targets = [(make_target(p, engine), other.format(p.answer, p.answer)) for p in batch]
-        texts = [text for target, box in targets for text in (target, target, box, "A: 99")]
+        """Of the 5 samples of each problem: right, the same again, in another form, in one not to be learned, wrong."""
+        assert len(rollout.tokens) == 5 * len(batch)
+        targets = [(make_target(p, engine), other.format(p.answer, p.answer), f"#### {p.answer}") for p in batch]
+        texts = [
+            x for target, box, mark in targets for x in (target, target, box, mark if engine == "nl" else box, "9")
+        ]
         asked.extend(batch)
-        return Grades(texts, [], ["right", "right", "right", "wrong"] * len(batch), None)
+        return Grades(texts, [], [*["right"] * 4, "wrong"] * len(batch), None)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "grade", graded)
         file = tmp_path / "new" / "kept.jsonl"
-        assert keep(toy_run, file, engine=engine) == [{"sampled": 28, "right": 21, "kept": 14}]
+        assert keep(toy_run, file, engine=engine, samples=5) == [{"sampled": 35, "right": 28, "kept": 14}]
     assert asked == problems  # of the training split, each once
     assert [path.name for path in file.parent.iterdir()] == ["kept.jsonl"]
     rows = [json.loads(line) for line in file.read_text().splitlines()]

@@ -157,15 +157,89 @@ def test_whitened_advantages_have_mean_0_and_variance_1_over_the_mask():
         assert (whiten(constant, torch.ones_like(constant, dtype=torch.bool)) == 0).all()
 
 
-def test_minibatches_hold_every_row_once_a_pass_and_the_learning_rate_ramps_up_over_the_run(toy_run):
-    config = rl.Config(model=str(toy_run), rollout_batch=8, minibatch=3, ppo_epochs=2, lr=1.0)
+def test_minibatches_hold_every_row_once_a_pass_and_the_learning_rate_rises_and_falls_to_0(toy_run):
+    config = rl.Config(model=str(toy_run), rollout_batch=8, minibatch=3, ppo_epochs=2, lr=1.0, steps=4)
     generator = torch.Generator().manual_seed(0)
-    batches = [batch for step in (1, 2) for batch in rl.minibatches(8, config, step, generator)]
+    batches = [batch for step in (1, 2, 3, 4) for batch in rl.minibatches(8, config, step, generator)]
     rows = [rows.tolist() for rows, _ in batches]
-    assert [len(part) for part in rows] == [3, 3, 2] * 4
+    assert [len(part) for part in rows] == [3, 3, 2] * 8
     passes = [[*a, *b, *c] for a, b, c in zip(rows[::3], rows[1::3], rows[2::3], strict=True)]
-    assert all(sorted(order) == list(range(8)) for order in passes) and len(set(map(tuple, passes))) == 4
-    assert [lr for _, lr in batches] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1, 1])
+    assert all(sorted(order) == list(range(8)) for order in passes) and len(set(map(tuple, passes))) == 8
+    ramp = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, *[1.0] * 15]
+    fall = [share for share in (1.0, 0.75, 0.5, 0.25) for _ in range(6)]  # by batch: the last one still learns
+    assert [lr for _, lr in batches] == pytest.approx([a * b for a, b in zip(ramp, fall, strict=True)])
+
+
+# ---- the critic -----------------------------------------------------------------------------------------------------
+
+
+def fitted(toy_run, share, ridge, monkeypatch, rows=24):
+    """A float64 model whose head was fitted to random returns; its features, those returns, and its weights before."""
+    monkeypatch.setattr(rl, "RIDGE", ridge)
+    model = load(toy_run, None, "float64")
+    torch.nn.init.normal_(model.value_head.weight, generator=torch.Generator().manual_seed(0))
+    before = copy.deepcopy(model)
+    prompts = [[9, 8, 7 + i % 5] for i in range(rows)]
+    rollout = sample(model, prompts, max_new_tokens=12, eos_id=EOS, pad_id=PAD, seed=1)
+    mask = rollout.action_mask
+    returns = torch.randn(mask.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    rl.fit_value_head(model, rollout, returns, 5, share)
+    with torch.no_grad():
+        hidden = model(rollout.tokens)[:, :-1][mask]
+    return model, before, hidden, returns[mask]
+
+
+def test_the_value_head_is_fitted_by_least_squares_over_the_actions_alone(toy_run, monkeypatch):
+    model, _, hidden, returns = fitted(toy_run, 1.0, 0.0, monkeypatch)
+    features = torch.cat([hidden, torch.ones(len(hidden), 1)], 1)
+    best = torch.linalg.lstsq(features, returns[:, None]).solution[:, 0]
+    found = torch.cat([model.value_head.weight.detach()[0], model.value_head.bias.detach()])
+    assert len(hidden) > 2 * features.shape[1] and (found - best).abs().max() < 1e-4
+
+
+def test_the_fit_moves_the_head_by_its_share_and_the_trunk_not_at_all(toy_run, monkeypatch):
+    whole, before, *_ = fitted(toy_run, 1.0, 0.04, monkeypatch)
+    half, *_ = fitted(toy_run, 0.5, 0.04, monkeypatch)
+    for name, old in before.named_parameters():
+        to_whole, to_half = (model.get_parameter(name) - old for model in (whole, half))
+        assert torch.allclose(to_half, to_whole / 2, atol=1e-12)
+        assert bool(to_whole.any()) == name.startswith("value_head")
+
+
+def test_few_completions_teach_the_critic_their_mean_and_no_more(toy_run, monkeypatch):
+    model, before, hidden, returns = fitted(toy_run, 1.0, 1e12, monkeypatch)
+    assert (model.value_head.weight - before.value_head.weight).abs().max() < 1e-6
+    assert (returns - model.values(hidden)).mean().abs() < 1e-9
+
+
+def test_whitened_advantages_of_a_long_right_answer_are_negative_at_its_start_with_lam_95_and_not_by_default():
+    """V = 0; a right and a wrong answer of 100 tokens each. Rewards fade backwards by lam^(L - t): below the mean."""
+    rewards, mask = torch.zeros(2, 100, dtype=torch.float64), torch.ones(2, 100, dtype=torch.bool)
+    rewards[0, -1] = 1
+    start = {}
+    for lam in (0.95, rl.Config(model="x").lam):
+        advantages, _ = rl.gae(rewards, torch.zeros_like(rewards), mask, 1.0, lam)
+        start[lam] = rl.whiten(advantages, mask)[0, 0].item()
+    assert start[0.95] < -0.3 and start[1.0] == pytest.approx(1.0)
+
+
+LATE = {"kl_behav": 0.0, "ess_tokens": 1.0, "length": 60.0, "explained_variance": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("change", "step", "lam", "warned"),
+    [
+        ({}, 6, 0.95, True),
+        ({}, 5, 0.95, False),  # the critic has had no time yet
+        ({}, 6, 1.0, False),
+        ({"length": 19.9}, 6, 0.95, False),  # 1 / (1 - lam) is 20
+        ({"length": 20.1}, 6, 0.95, True),
+        ({"explained_variance": 0.1}, 6, 0.95, False),
+    ],
+)
+def test_a_lam_too_short_for_the_completions_under_a_critic_that_knows_nothing_is_named(change, step, lam, warned):
+    found = dict(rl.warnings(LATE | change, step, lam))
+    assert ("lam" in found) == warned and all("--lam 1" in text for text in found.values())
 
 
 # ---- what breaks silently -------------------------------------------------------------------------------------------
@@ -277,12 +351,12 @@ def test_the_trace_reaches_the_advantages(toy_run, tmp_path, monkeypatch, correc
     train(toy_run, tmp_path / "rl", correction=correction, skip_ratio=0.25, lam=0.9)
     *_, gamma, lam, trace = calls[0]
     assert torch.equal(trace, terms[0][1]) and (trace - 1).abs().max() > 1e-3
-    assert (gamma, lam) == (1.0, 1.0 if correction == "prefix" else 0.9)  # prefix sets lam to 1
+    assert (gamma, lam) == (1.0, 0.9)  # as asked
 
 
 def test_value_coef_scales_the_value_loss_of_equation_11(toy_run, tmp_path, monkeypatch):
     gradients, real = [], Run.update
-    spy = lambda run, lr: gradients.append(run.model.value_head.bias.grad.item()) or real(run, lr)  # noqa: E731
+    spy = lambda run, *args: gradients.append(run.model.value_head.bias.grad.item()) or real(run, *args)  # noqa: E731
     monkeypatch.setattr(Run, "update", spy)
     for value_coef in (0.0, 1.0, 3.0):
         train(toy_run, tmp_path / f"{value_coef}", value_coef=value_coef, ppo_epochs=1, minibatch=8, dtype="float64")
@@ -339,9 +413,9 @@ def test_self_training_is_equation_1_on_right_and_annotated_completions(toy_run,
     monkeypatch.setattr(rl, "grade", lambda *args: graded.append(args[1]) or real_grade(*args))
     real_update = Run.update
 
-    def collect(run, lr):
+    def collect(run, *args):
         gradients.append([None if p.grad is None else p.grad.clone() for p in run.model.parameters()])
-        return real_update(run, lr)
+        return real_update(run, *args)
 
     monkeypatch.setattr(Run, "update", collect)
     monkeypatch.setattr(rl, "sample", lambda *args, **flags: rollouts.append(sample(*args, **flags)) or rollouts[-1])
@@ -382,7 +456,7 @@ def test_logp_behav_that_is_not_finite_raises(toy_run, tmp_path, monkeypatch):
 
 
 METRICS = """
-    step seconds reward accuracy wrong no_answer cut error timeout killed length finished kl_ref kl_behav kl_behav_k1
+    step seconds reward accuracy wrong no_answer cut error timeout killed length kl_ref kl_behav kl_behav_k1
     entropy log_ratio_min log_ratio_p1 log_ratio_p50 log_ratio_p99 log_ratio_max above_cap ess_tokens ess_sequences
     retrace_trace reward_under_pi explained_variance policy_loss value_loss clip_fraction grad_norm nonfinite_updates
     skipped_layers rollout_tokens_per_second rollout_seconds update_seconds peak_memory_gb greedy_accuracy

@@ -57,17 +57,21 @@ def crash():
     raise KeyError("the power is gone")
 
 
+def stopped(train, step):
+    """Ctrl-C in a step of `train()`."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        hit_at(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
+        train()
+
+
 # ---- resume ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer_dropout", [0.0, 0.9])
-def test_warm_up_stopped_and_resumed_equals_one_run_to_the_bit(tmp_path, monkeypatch, layer_dropout):
+def test_warm_up_stopped_and_resumed_equals_one_run_to_the_bit(tmp_path, layer_dropout):
     flags = {"layer_dropout": layer_dropout, "eval_every": 1}
     warm(tmp_path / "one", **flags)
-    with monkeypatch.context() as patch:
-        hit_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(SystemExit):
-            warm(tmp_path / "two", **flags)
+    stopped(lambda: warm(tmp_path / "two", **flags), 2)
     assert len(read_metrics(tmp_path / "two")) == 2
     warm(tmp_path / "two", resume=True, **flags)
     assert state(tmp_path / "two") == state(tmp_path / "one")
@@ -76,8 +80,9 @@ def test_warm_up_stopped_and_resumed_equals_one_run_to_the_bit(tmp_path, monkeyp
 @pytest.mark.parametrize("correction", ["truncated", "prefix"])
 def test_rl_stopped_and_resumed_equals_one_run_to_the_bit(toy_run, tmp_path, correction):
     reinforce(toy_run, tmp_path / "one", correction=correction)
-    reinforce(toy_run, tmp_path / "two", correction=correction, steps=2)
-    reinforce(toy_run, tmp_path / "two", correction=correction, resume=True)  # --steps 4: more of them is allowed
+    stopped(lambda: reinforce(toy_run, tmp_path / "two", correction=correction), 2)
+    assert len(read_metrics(tmp_path / "two")) == 2
+    reinforce(toy_run, tmp_path / "two", correction=correction, resume=True)
     assert state(tmp_path / "two") == state(tmp_path / "one")
 
 
@@ -119,7 +124,7 @@ def test_a_finished_run_resumed_changes_nothing(toy_run, tmp_path):
 def two_steps(toy_run, tmp_path_factory):
     """The first half of a run of rl.py; tests copy it."""
     run = tmp_path_factory.mktemp("half") / "rl"
-    reinforce(toy_run, run, steps=2)
+    stopped(lambda: reinforce(toy_run, run), 2)
     return run
 
 
@@ -180,10 +185,20 @@ def test_resume_with_another_flag_names_it_and_changes_nothing(toy_run, two_step
     assert snapshot(tmp_path / "rl") == before
 
 
-def test_a_warm_up_is_not_resumed_with_other_steps(tmp_path):
-    warm(tmp_path / "run", steps=2)
-    with pytest.raises(InputError, match="--steps 4"):
-        warm(tmp_path / "run", steps=4, resume=True)  # its learning rate falls to 0 at the last step
+@pytest.mark.parametrize("steps", [1, 3, 5])
+@pytest.mark.parametrize("stage", ["warmup", "rl"])
+def test_a_run_is_not_resumed_with_other_steps(toy_run, two_steps, tmp_path, stage, steps):
+    """Its learning rate falls to 0 at the last one."""
+    if stage == "warmup":
+        warm(tmp_path / "run", steps=2)
+    else:
+        shutil.copytree(two_steps, tmp_path / "run")
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(InputError, match=f"--steps {steps} "):
+        (warm if stage == "warmup" else lambda *a, **k: reinforce(toy_run, *a, **k))(
+            tmp_path / "run", steps=steps, resume=True
+        )
+    assert snapshot(tmp_path / "run") == before
 
 
 def test_flags_that_change_nothing_are_free_on_resume(toy_run, two_steps, tmp_path):
@@ -195,11 +210,9 @@ def test_flags_that_change_nothing_are_free_on_resume(toy_run, two_steps, tmp_pa
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-4
 
 
-def test_fewer_steps_than_done_another_stage_and_another_reference_are_refused(toy_run, tmp_path):
+def test_another_stage_and_another_reference_are_refused(toy_run, tmp_path):
     shutil.copytree(toy_run, tmp_path / "warmup")
     reinforce(tmp_path / "warmup", tmp_path / "rl", steps=2)
-    with pytest.raises(InputError, match="--steps is 1"):
-        reinforce(tmp_path / "warmup", tmp_path / "rl", steps=1, resume=True)
     with pytest.raises(InputError, match=r"written by rl\.py"):
         warm(tmp_path / "rl", resume=True)
     decoder = Decoder.from_pretrained(tmp_path / "warmup")
@@ -207,7 +220,7 @@ def test_fewer_steps_than_done_another_stage_and_another_reference_are_refused(t
         decoder.layers[3].mlp.down.weight[0, 0] += 1e-3
     decoder.save_pretrained(tmp_path / "warmup")
     with pytest.raises(InputError, match="weights of --model"):
-        reinforce(tmp_path / "warmup", tmp_path / "rl", resume=True)
+        reinforce(tmp_path / "warmup", tmp_path / "rl", steps=2, resume=True)
 
 
 # ---- saves ----------------------------------------------------------------------------------------------------------
@@ -299,16 +312,19 @@ def test_kill_9_before_any_rename_of_a_save_leaves_trainer_pt_as_it_was(saver, m
     assert check(run) == (2, {2}) and sorted(os.listdir(run)) == names
 
 
-def test_everything_has_reached_the_disk_before_the_first_file_moves(saver, monkeypatch):
+def test_all_is_on_the_disk_before_a_file_moves_and_trainer_pt_comes_last_but_in_the_first_save(saver, monkeypatch):
+    """In the first save it comes first: whatever a kill leaves there can be resumed."""
     save, run = saver
     events, fsync, replace = [], os.fsync, os.replace
     path = lambda number: Path(os.readlink(f"/proc/self/fd/{number}"))  # noqa: E731
     monkeypatch.setattr(os, "fsync", lambda number: events.append(path(number).name) or fsync(number))
     monkeypatch.setattr(os, "replace", lambda a, b: events.append(Path(b)) or replace(a, b))
-    save(1)
-    moves = [event for event in events if isinstance(event, Path) and event.parent == run]
-    synced = {event for event in events[: events.index(moves[0])] if isinstance(event, str)}
-    assert synced >= {"metrics.jsonl", *(file.name for file in moves)} and moves[-1].name == "trainer.pt"
+    for number, place in ((1, 0), (2, -1)):
+        events.clear()
+        save(number)
+        moves = [event for event in events if isinstance(event, Path) and event.parent == run]
+        synced = {event for event in events[: events.index(moves[0])] if isinstance(event, str)}
+        assert synced >= {"metrics.jsonl", *(file.name for file in moves)} and moves[place].name == "trainer.pt"
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_leaves_no_half_file(saver):
@@ -416,63 +432,66 @@ def spoil(monkeypatch, module, name, steps, how=times_nan):
     monkeypatch.setattr(module, name, lambda *args: (how if step[0] in steps else torch.clone)(real(*args)))
 
 
+STAGES = pytest.mark.parametrize("stage", ["warmup", "rl"])
+
+
+def train_with_bad_batches(stage, toy_run, run, monkeypatch, steps, bad, how=times_nan, loss="policy_loss"):
+    """A run some of whose losses are nan; what it saved before the first of these batches is copied to "before"."""
+    hit_at(monkeypatch, min(bad), lambda: shutil.copytree(run, run.with_name("before")))
+    flags = {"steps": steps, "save_every": 1}
+    if stage == "warmup":
+        spoil(monkeypatch, warmup, "token_logp", bad, how)
+        warm(run, **flags)
+    else:
+        spoil(monkeypatch, rl, loss, bad, how)
+        reinforce(toy_run, run, **flags)
+
+
 @pytest.mark.parametrize("how", [times_nan, plus_nan])
-@pytest.mark.parametrize("stage", ["warmup", "rl"])
+@STAGES
 def test_a_loss_that_is_not_finite_changes_no_weight_and_its_batch_is_written_down(
     toy_run, tmp_path, monkeypatch, stage, how
 ):
-    """rl.py: each batch is 2 passes over 2 minibatches."""
-    if stage == "rl":
-        reinforce(toy_run, tmp_path / "good", steps=2)
-        spoil(monkeypatch, rl, "policy_loss", {3}, how)
-        reinforce(toy_run, tmp_path / "bad", steps=3)
-    else:
-        hit_at(monkeypatch, 2, lambda: shutil.copytree(tmp_path / "bad", tmp_path / "good"))
-        spoil(monkeypatch, warmup, "token_logp", {2}, how)
-        warm(tmp_path / "bad", steps=2, save_every=1)
-    assert weights(tmp_path / "bad") == weights(tmp_path / "good")
-    *records, record = read_metrics(tmp_path / "bad")
-    assert record["nonfinite_updates"] == (4 if stage == "rl" else 1) and not any(
-        r["nonfinite_updates"] for r in records
-    )
-    assert record["policy_loss" if stage == "rl" else "loss"] is None
-    (bad,) = [json.loads(line) for line in (tmp_path / "bad" / "bad_batches.jsonl").read_text().splitlines()]
-    assert bad["step"] == record["step"]
-    assert bad["problems"] == warmup.batch_indices(0, bad["step"], 4 if stage == "rl" else 8, 40)
+    run = tmp_path / "run"
+    train_with_bad_batches(stage, toy_run, run, monkeypatch, 3, {3}, how)
+    assert weights(run) == weights(tmp_path / "before")
+    records = read_metrics(run)
+    assert [r["nonfinite_updates"] for r in records] == [0, 0, 4 if stage == "rl" else 1]  # 2 passes of 2 minibatches
+    assert records[2]["policy_loss" if stage == "rl" else "loss"] is None
+    (bad,) = [json.loads(line) for line in (run / "bad_batches.jsonl").read_text().splitlines()]
+    assert bad["step"] == 3 and bad["problems"] == warmup.batch_indices(0, 3, 4 if stage == "rl" else 8, 40)
 
 
-def test_a_gradient_that_is_not_finite_changes_no_weight_and_no_moment():
+def test_a_gradient_or_loss_that_is_not_finite_changes_no_weight_and_no_moment():
     model = torch.nn.Linear(2, 1)
     run = SimpleNamespace(model=model, optimizer=torch.optim.AdamW(model.parameters()), left_out=0)
-    for gradient in (1.0, torch.inf, torch.nan):
+    for gradient, loss in ((1.0, 1.0), (torch.inf, 1.0), (torch.nan, 1.0), (2.0, torch.nan), (2.0, torch.inf)):
         model.weight.grad = torch.tensor([[1.0, gradient]])
         before = model.weight.detach().clone(), [v.clone() for v in run.optimizer.state[model.weight].values()]
-        norm = warmup.Run.update(run, 0.1)
+        norm = warmup.Run.update(run, 0.1, torch.tensor(loss))
         if gradient == 1.0:
-            assert norm > 0 and not torch.equal(before[0], model.weight)
+            assert norm > 0 and not torch.equal(before[0], model.weight) and not run.left_out
         else:
-            assert norm != norm and torch.equal(before[0], model.weight) and run.left_out
+            assert norm != norm and torch.equal(before[0], model.weight)
             after = run.optimizer.state[model.weight].values()
             assert all(torch.equal(x, y) for x, y in zip(before[1], after, strict=True)) and before[1]
         assert model.weight.grad is None
+    assert run.left_out == 4
 
 
-@pytest.mark.parametrize("stage", ["warmup", "rl"])
+@STAGES
 def test_three_bad_batches_in_a_row_stop_the_run_with_the_weights_before_them(toy_run, tmp_path, monkeypatch, stage):
-    module, name = {"warmup": (warmup, "token_logp"), "rl": (rl, "value_loss")}[stage]
-    spoil(monkeypatch, module, name, {2, 3, 4})
+    run = tmp_path / "run"
     with pytest.raises(FloatingPointError, match=r"3 batches in a row.*bad_batches\.jsonl"):
-        (warm(tmp_path / "run", steps=9) if stage == "warmup" else reinforce(toy_run, tmp_path / "run", steps=9))
-    assert len(read_metrics(tmp_path / "run")) == 4
-    monkeypatch.undo()
-    if stage == "rl":
-        reinforce(toy_run, tmp_path / "good", steps=1)
-        assert weights(tmp_path / "run") == weights(tmp_path / "good")
+        train_with_bad_batches(stage, toy_run, run, monkeypatch, 9, {2, 3, 4}, loss="value_loss")
+    assert len(read_metrics(run)) == 4
+    assert weights(run) == weights(tmp_path / "before")
 
 
-def test_two_bad_batches_and_a_good_one_between_do_not_stop_a_run(toy_run, tmp_path, monkeypatch):
-    spoil(monkeypatch, rl, "policy_loss", {1, 2, 4, 5})
-    reinforce(toy_run, tmp_path / "run", steps=6)
+@STAGES
+def test_two_bad_batches_and_a_good_one_between_do_not_stop_a_run(toy_run, tmp_path, monkeypatch, stage):
+    train_with_bad_batches(stage, toy_run, tmp_path / "run", monkeypatch, 6, {1, 2, 4, 5})
+    assert [r["nonfinite_updates"] > 0 for r in read_metrics(tmp_path / "run")] == [True, True, False] * 2
 
 
 def test_weights_that_are_not_finite_are_refused(toy_run, tmp_path):
@@ -565,4 +584,4 @@ def test_peak_memory_is_logged(toy_run):
 
 def test_a_short_soak_ends_with_the_weights_of_an_undisturbed_run(tmp_path):
     hits = soak(tmp_path, minutes=0.5, longest=12.0)
-    assert hits["steps"] > 0
+    assert hits["steps"] > 0 and hits.total() > hits["steps"]  # some progress, and some hits
