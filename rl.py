@@ -10,10 +10,13 @@ them, 4 take log-probabilities and values of the full model, 5 penalised rewards
 
 Departures from ReFT, the paper (its code in brackets):
 - KL penalty: the estimate log pi_old - log pi_ref at the sampled token (as the code); the paper writes the full KL.
-- Losses: the token mean over the batch (the code: the mean of sequence means). The learning rate ramps up over 10 updates.
+- Losses: the token mean over the batch (the code: the mean of sequence means). The learning rate rises over 10 updates and
+  falls linearly to 0: held constant, a policy that had learned left its best again while layers were skipped.
+- Critic: beside eq. (10) the value head alone is fitted to the returns of each batch, see `fit_value_head`; lam is 1. With
+  ReFT's lam .95 and a V that knows nothing, A_t = lam^(L-t) r: long right completions are pushed down at their start.
 - A completion cut at --max-new-tokens has no answer: reward 0 (the code pays it), and no bootstrapped value.
 - gamma and lam in the usual sense of Schulman et al. The paper calls the reward discount lambda = 1 and the TD discount
-  gamma = 0.95; the code has gamma = 1, lam = 0.95, and so have we.
+  gamma = 0.95; the code has gamma = 1, lam = 0.95.
 Departures from Nested-ReFT: its code is not public and the names of the corrections are ours; see `correction_terms`.
 """
 
@@ -35,11 +38,11 @@ from reward import TOY_STEPS, InputError, load_problems
 from rollout import OUTCOMES, Grades, Rollout, encode_prompts, flag, grade, run_script, sample, token_logp
 from warmup import Run, TrainConfig, batch_indices, encode_examples, fingerprint, micro_batches, supervised_step
 
-# value_coef stands before the 1/2 of eq. (10), as in ReFT. In the study of the README only prefix keeps its accuracy over 60
-# batches with skipped layers; its weights are products over a completion, of 15 tokens in toy. Over hundreds they would vary
-# too much.
 TOY = {"steps": 20, "rollout_batch": 128, "minibatch": 64, "lr": 1e-4, "kl_coef": 0.01, "value_coef": 0.1}
 TOY |= {"correction": "prefix"}
+# ReFT, section 4.3 and appendix B, and exps/paper_exps of its code (github.com/lqtrung1998/mwp_ReFT): batch, learning rate,
+# epochs, clip, kl_coef (.01 for programs) and value_coef, which stands before the 1/2 of eq. (10). Steps and correction are
+# ours; the paper's 300 epochs are 300 x problems / 32 steps.
 PRETRAINED = {"steps": 1000, "rollout_batch": 32, "minibatch": 32, "lr": 3e-7, "kl_coef": 0.05, "value_coef": 5.0}
 PRETRAINED |= {"correction": "truncated"}
 Correction = Literal["none", "ratio", "truncated", "retrace", "prefix"]  # see `correction_terms`

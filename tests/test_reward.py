@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from reward import (
     TASKS,
     TOY_SIZES,
+    TOY_STEPS,
     TOY_THINGS,
     InputError,
     Problem,
@@ -838,7 +839,7 @@ def test_without_network_the_hub_error_says_what_to_do(monkeypatch):
     assert "\n" not in message
 
 
-# ---- the toy task ----------------------------------------------------------------------------------------------------
+# ---- the toy tasks ---------------------------------------------------------------------------------------------------
 
 
 def replay(question: str) -> list[int]:
@@ -851,22 +852,30 @@ def replay(question: str) -> list[int]:
     return totals
 
 
+@pytest.fixture(scope="module", params=TOY_STEPS)
+def task(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def toy() -> dict[str, list[Problem]]:
-    return {split: load_problems("toy", split) for split in TOY_SIZES}
+def toy(task) -> dict[str, list[Problem]]:
+    return {split: load_problems(task, split) for split in TOY_SIZES}
 
 
-def test_toy_problems_say_what_they_ask(toy):
+def test_toy_problems_say_what_they_ask(task, toy):
+    fewest, most = {"toy": (2, 4), "toy-long": (8, 10)}[task]
     for split, problems in toy.items():
         assert len(problems) == TOY_SIZES[split]
         for problem in problems:
             totals = replay(problem.question)
-            assert 3 <= len(totals) <= 5
+            assert fewest + 1 <= len(totals) <= most + 1
             assert all(0 <= total <= 20 for total in totals)
             assert all(0 < abs(after - before) < 10 for before, after in itertools.pairwise(totals))
             assert problem.answer == str(totals[-1])
-            assert score(make_target(problem), problem.answer, "toy") == 1.0
-    assert sum(len(problem.question) for problem in toy["train"]) / TOY_SIZES["train"] < 70
+            assert score(make_target(problem), problem.answer, task) == 1.0
+    assert (
+        sum(len(problem.question) for problem in toy["train"]) / TOY_SIZES["train"] < {"toy": 70, "toy-long": 140}[task]
+    )
 
 
 def test_toy_splits_share_no_sequence_of_numbers_and_no_question(toy):
@@ -877,13 +886,15 @@ def test_toy_splits_share_no_sequence_of_numbers_and_no_question(toy):
         assert len({problem.question for problem in problems}) == len(problems)
 
 
-def test_toy_annotators_differ_and_things_have_their_own(toy):
+def test_toy_annotators_differ_and_things_have_their_own(task, toy):
     jumps = [problem.cot.startswith("That makes") for problem in toy["train"]]
     assert 0.49 < sum(jumps) / len(jumps) < 0.51
     for k, thing in enumerate(TOY_THINGS):
         some = [jump for jump, problem in zip(jumps, toy["train"], strict=True) if f" {thing}." in problem.question]
         assert abs(sum(some) / len(some) - (0.25 if k % 2 else 0.75)) < 0.03
-    for steps in (2, 3, 4):  # how they write does not tell how long the problem is
+    for steps in range(
+        TOY_STEPS[task][0], TOY_STEPS[task][1] + 1
+    ):  # how they write does not tell how long the problem is
         some = [
             jump
             for jump, problem in zip(jumps, toy["train"], strict=True)
@@ -899,8 +910,8 @@ def test_toy_annotators_differ_and_things_have_their_own(toy):
             assert problem.cot == " ".join(f"{a}{'+' if b > a else '-'}{abs(b - a)}={b}." for a, b in steps)
 
 
-def test_toy_programs_return_the_answer(toy):
-    problems = load_problems("toy", "test", engine="python")
+def test_toy_programs_return_the_answer(task, toy):
+    problems = load_problems(task, "test", engine="python")
     for problem, in_words in zip(problems, toy["test"], strict=True):
         assert (problem.question, problem.answer) == (in_words.question, in_words.answer)
         namespace: dict = {}
@@ -910,11 +921,12 @@ def test_toy_programs_return_the_answer(toy):
         assert (problem.cot.count("\n") == 2) == in_words.cot.startswith("That makes")
 
 
-def test_toy_is_the_same_in_every_run(toy):
+def test_toy_is_the_same_in_every_run(task, toy):
     random.seed(1)
-    assert load_problems("toy", "train", limit=100) == toy["train"][:100]
-    first = toy["train"][0]
-    assert first.question == "Tom has 14 apples. He sells 1 and buys 6. How many now?" and first.answer == "19"
+    assert load_problems(task, "train", limit=100) == toy["train"][:100]
+    if task == "toy":
+        first = toy["train"][0]
+        assert first.question == "Tom has 14 apples. He sells 1 and buys 6. How many now?" and first.answer == "19"
 
 
 def test_toy_is_generated_fast():
