@@ -167,16 +167,18 @@ def settings(run: str | Path) -> dict[str, str]:
     file = Path(run) / "run.json"
     flags = read_json(file) if file.exists() else {}
     before = Path(flags.get("model") or "") / "run.json"
-    warm_up = read_json(before) if flags.get("model") and before.exists() else {}
-    flags |= {f"warm-up {name}": value for name, value in warm_up.items() if name not in NOT_A_SETTING}
+    warm_up = read_json(before) if flags.get("model") and before.exists() else {"from": flags.get("model", str(run))}
+    flags |= {f"warm-up {name}": value for name, value in warm_up.items() if name not in NOT_A_SETTING - {"model"}}
     return {name: str(value) for name, value in flags.items() if name not in NOT_A_SETTING}
 
 
 def compare_groups(out: Path, runs: tuple[str, ...], results: list[dict]):
-    """Runs that differ in nothing but their seed make one group; where there are some: a table, study.json, study.png."""
+    """Runs that differ in their seed alone make one group; of several groups: a table, study.json, study.png."""
     flags = [settings(run) for run in runs]
     varied = sorted({name for one in flags for name in one if len({other.get(name) for other in flags}) > 1})
     groups: dict[tuple[str, ...], dict[str, list]] = {}  # setting -> number -> its value in each run
+    if not 1 < len({tuple(one.get(name) for name in varied) for one in flags}) < len(runs):
+        return
     figure, (panel,) = new_figure(1, 9.0, 4.0)
     for run, one, result in zip(runs, flags, results, strict=True):
         setting, records = tuple(one.get(name, "-") for name in varied), read_metrics(run)
@@ -190,8 +192,6 @@ def compare_groups(out: Path, runs: tuple[str, ...], results: list[dict]):
         panel.plot(*np.reshape(points, (-1, 2)).T, ".-", color=colour, label=label)
         for name, value in numbers.items():
             groups.setdefault(setting, {}).setdefault(name, []).append(value)
-    if not 1 < len(groups) < len(runs):
-        return
     rows = [dict(zip(varied, setting, strict=True)) | numbers for setting, numbers in sorted(groups.items())]
     print_table(rows)
     write_json(out / "study.json", rows)

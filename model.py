@@ -283,8 +283,8 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         else:
-            hidden = torch.arange(cache.shape[4], device=tokens.device) > positions[:, None]  # (N, 1, columns)
-            visible = torch.zeros_like(hidden, dtype=cache.dtype).masked_fill_(hidden, -torch.inf)
+            unseen = torch.arange(cache.shape[4], device=tokens.device) > positions[:, None]  # (N, 1, columns)
+            visible = torch.zeros_like(unseen, dtype=cache.dtype).masked_fill_(unseen, -torch.inf)
             visible = visible.repeat_interleave(cache.shape[3], 0)  # (N * kv_heads, 1, columns)
         x, rope = self.embed(tokens), None  # (N, T, d)
         if self.config.rope is None:
@@ -352,7 +352,9 @@ class Decoder(nn.Module):
             raise InputError(f"{source}: tie_word_embeddings is true in config.json, but lm_head.weight differs")
         zeros = {name: torch.zeros(p.shape) for name, p in decoder.value_head.named_parameters()}
         with named_in_errors(head):
-            decoder.value_head.load_state_dict(torch.load(head, weights_only=True) if head else zeros)
+            decoder.value_head.load_state_dict(
+                torch.load(head, map_location="cpu", weights_only=True) if head else zeros
+            )
         if not all(p.isfinite().all() for p in decoder.parameters()):
             raise InputError(f"{source}: a weight is nan or infinite; take an earlier checkpoint")
         return decoder
@@ -367,9 +369,9 @@ class Decoder(nn.Module):
         if rope := self.config.rope:  # transformers 5 writes rope_parameters only; older readers look for these
             old = {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else rope}
             write_json(Path(folder) / "config.json", read_json(Path(folder) / "config.json") | old)
-        for file in Path(folder).glob("*.safetensors"):  # which only their owner could read
+        for file in Path(folder).glob("*.safetensors"):  # which safetensors lets only their owner read
             file.chmod((Path(folder) / "config.json").stat().st_mode)
-        for name, content in self.files.items():  # as they came: written anew, older readers could not open them
+        for name, content in self.files.items():  # byte for byte: older readers fail on a new version
             (Path(folder) / name).write_bytes(content)
         head = {name: weights[f"value_head.{name}"].clone() for name in ("weight", "bias")}
         # not .safetensors: inference servers load every such file of a folder
@@ -464,7 +466,8 @@ def sample_skip(num_layers: int, skip_ratio: float, generator: torch.Generator |
     count = round(skip_ratio * num_layers)
     if not 0 <= count <= max(num_layers - 3, 0):
         most = f"at most {max(num_layers - 3, 0) / num_layers:.3f}: the first, the last and one inner layer stay"
-        raise InputError(f"--skip-ratio {skip_ratio:g} would skip {count} of {num_layers} layers; {most}")
+        asked = f"--skip-ratio {skip_ratio:g} (or --layer-dropout) would leave out {count} of {num_layers} layers"
+        raise InputError(f"{asked}; {most}")
     skip = torch.zeros(num_layers, dtype=torch.bool)
     skip[1 + torch.randperm(max(num_layers - 2, 0), generator=generator)[:count]] = True
     return skip

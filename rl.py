@@ -11,7 +11,7 @@ them, 4 take log-probabilities and values of the full model, 5 penalised rewards
 Departures from ReFT, the paper (its code in brackets):
 - KL penalty: the estimate log pi_old - log pi_ref at the sampled token (as the code); the paper writes the full KL.
 - Losses: the token mean over the batch (the code: the mean of sequence means). The learning rate rises over 10 updates and
-  falls linearly to 0: held constant, a policy that had learned left its best again while layers were skipped.
+  falls linearly to 0: at a constant rate accuracy fell again late in runs with skipped layers.
 - Critic: beside eq. (10) the value head alone is fitted to the returns of each batch, see `fit_value_head`; lam is 1. With
   ReFT's lam .95 and a V that knows nothing, A_t = lam^(L-t) r: long right completions are pushed down at their start.
 - A completion cut at --max-new-tokens has no answer: reward 0 (the code pays it), and no bootstrapped value.
@@ -46,9 +46,9 @@ TOY |= {"correction": "prefix"}
 PRETRAINED = {"steps": 1000, "rollout_batch": 32, "minibatch": 32, "lr": 3e-7, "kl_coef": 0.05, "value_coef": 5.0}
 PRETRAINED |= {"correction": "truncated"}
 Correction = Literal["none", "ratio", "truncated", "retrace", "prefix"]  # see `correction_terms`
-LR_RAMP = 10  # optimizer steps until the learning rate is at its height
-RIDGE = 0.04  # of the critic's fit, times (features / completions)^2
-FIT_SHARE = 0.5  # how far the critic moves to the fit of a batch; 1 / step while that is more
+LR_RAMP = 10  # optimizer steps over which the learning rate rises; over the run it falls linearly
+RIDGE = 0.04  # of the critic's fit, times (features / completions)^2: chosen so that few completions do no harm
+FIT_SHARE = 0.5  # how far the critic moves to the fit of a batch; all the way at the first one
 
 
 @dataclass
@@ -62,7 +62,9 @@ class Config(TrainConfig):
     objective: Literal["ppo", "self-training"] = flag("ppo", "self-training: eq. (1) on what is right or annotated")
     advantage: Literal["gae", "group"] = flag("gae", "group: relative to the samples of one question, no critic")
     correction: Correction | None = flag(None, "weights and traces for completions of mu (toy: prefix, else truncated)")
-    target_kl_behav: float | None = flag(None, "adapt the skipped layers so that KL(mu||pi) per token stays near")
+    target_kl_behav: float | None = flag(
+        None, "the number of skipped layers follows KL(mu||pi) per token to this value"
+    )
     cap: float = flag(2.0, "upper bound C of the truncated weights pi_old / mu")
     rollout_batch: int | None = flag(None, "completions of one batch (toy: 128, else 32)")
     samples: int = flag(1, "completions a prompt; divides --rollout-batch")
@@ -71,7 +73,9 @@ class Config(TrainConfig):
     lr: float | None = flag(None, "learning rate, rises over 10 updates, falls to 0 (toy: 1e-4, else 3e-7)")
     kl_coef: float | None = flag(None, "beta of eq. (4) (toy and programs: 0.01, else 0.05)")
     gamma: float = flag(1.0, "discount of eqs. (5) and (6)")
-    lam: float = flag(1.0, "GAE decay of eq. (6); ReFT: 0.95, which pulls long completions down where V knows little")
+    lam: float = flag(
+        1.0, "GAE decay of eq. (6); below 1 prefix is biased. ReFT: 0.95, which pulls long completions down"
+    )
     clip: float = flag(0.2, "epsilon of eqs. (9) and (10)")
     value_coef: float | None = flag(None, "alpha of eq. (11) (toy: 0.1, else 5)")
 
@@ -212,20 +216,19 @@ def ppo_update(run: Run, rollout: Rollout, batch_tensors: tuple[Tensor, ...], ba
             mb_mask = mask[mb, : T - 1]  # (n, T-1), as all that follow
             logp_old, logp_behav, values_old, advantages, returns = (x[mb, : T - 1] for x in batch_tensors)
             logp_new, values = action_stats(run.model, tokens[mb, :T], mb_mask)
-            ratios = (logp_new, logp_old, logp_behav)
-            correction = (config.clip, config.correction, config.cap)
-            pg_loss = policy_loss(*ratios, advantages, mb_mask, *correction, denominator)  # eq. (9)
+            logps, how = (logp_new, logp_old, logp_behav), (config.clip, config.correction, config.cap)
+            pg_loss = policy_loss(*logps, advantages, mb_mask, *how, denominator)  # eq. (9)
             v_loss = value_loss(values, values_old, returns, mb_mask, config.clip, denominator)  # eq. (10)
             loss = pg_loss + config.value_coef * v_loss  # eq. (11)
             loss.backward()
             loss_sum += loss.detach()
-            ratio = importance_ratio(*ratios, config.correction)
+            ratio = importance_ratio(*logps, config.correction)
             clipped = ((ratio - 1) * advantages.sign() > config.clip) & mb_mask  # no gradient comes from there
             done = [pg_loss.item() * denominator, v_loss.item() * denominator, clipped.sum(), mb_mask.sum()]
             sums += torch.tensor(done, dtype=torch.float64)
         grad_norms.append(run.update(lr, loss_sum))
-    policy, value, clip_fraction = (total(sums)[:3] / total(sums)[3]).tolist()
-    losses = {"policy_loss": policy, "value_loss": value, "clip_fraction": clip_fraction}
+    policy, value, clipped, tokens = total(sums).tolist()
+    losses = {"policy_loss": policy / tokens, "value_loss": value / tokens, "clip_fraction": clipped / tokens}
     return losses | {"grad_norm": sum(grad_norms) / len(grad_norms)}  # before it is clipped to 1
 
 
@@ -235,7 +238,7 @@ def fit_value_head(model: Decoder, rollout: Rollout, returns: Tensor, micro_batc
 
     V_phi = w h is linear in w, so eq. (10) without its clip has an exact minimum, one Newton step away:
     w += share * (H + ridge)^-1 sum_t h_t (R_t - V_phi(s_t)), H = sum_t h_t h_t^T, h_t with a 1 behind it for the bias.
-    A completion has one reward, so N of them tell little about d > N weights: the ridge grows, up to a V of the mean alone.
+    A completion has one reward, so N of them tell little about d > N weights: the ridge grows until only the bias moves.
     """
     mask, d = rollout.action_mask, model.config.hidden_size
     moments = torch.zeros(d + 1, d + 2, dtype=torch.float64, device=returns.device)  # H, and the sum beside it
@@ -317,8 +320,8 @@ def main(config: Config) -> dict:
         if config.objective == "ppo":
             batch_tensors = (logp_old, logp_behav, values_old, advantages, returns)
             losses = ppo_update(run, rollout, batch_tensors, minibatches(len(mask), config, step, generator))
-            if config.advantage == "gae" and not run.left_out:
-                fit_value_head(model, rollout, returns, config.micro_batch, max(1 / step, FIT_SHARE))
+            if config.advantage == "gae" and not run.left_out:  # a bad batch changes no weight
+                fit_value_head(model, rollout, returns, config.micro_batch, FIT_SHARE if step > 1 else 1.0)
         else:
             examples = [pair for pair, r in zip(rollout.pairs(), reward.tolist(), strict=True) if r == 1]
             examples += [annotated[i] for i in chosen if problems[i].cot]
@@ -384,7 +387,7 @@ def warnings(numbers: dict, step: int, lam: float) -> Iterator[tuple[str, str]]:
 def mismatch(logp_old: Tensor, logp_behav: Tensor, mask: Tensor, cap: float, reward: Tensor) -> dict[str, float]:
     """How far mu is from pi_old in this batch, raw: before any cap. Tensors (N, T-1), reward (N,).
 
-    KL(mu||pi_old) and the entropy of pi_old are unbiased estimates from mu's samples: they need no pass of their own.
+    KL(mu||pi_old) and the entropy of pi_old at mu's states: unbiased estimates from its samples, no pass of their own.
     Effective sample size, as a share: (E w)^2 / E w^2 over tokens (w = rho_t) or completions (w = prod rho_t).
     """
     log_rho = torch.where(mask, logp_old - logp_behav, 0.0).double()  # (N, T-1)

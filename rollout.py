@@ -123,7 +123,7 @@ def sample(
 
     # 2. slots: the first R of them are at work, each on the row that `row` says; its keys and values are in `cache`
     slots, R, every = min(max_rows or N, N), 0, LOOK_EVERY.get(device.type, 1)
-    row, mask = torch.full((slots,), N, device=device), None if skip is None else skip.cpu()
+    row, skipped = torch.full((slots,), N, device=device), None if skip is None else skip.cpu()
 
     def emit(hidden: Tensor, row: Tensor):
         """Draw the next token of some rows, (R,); hidden: (R, d) at their last tokens. Rows that are done stay."""
@@ -136,16 +136,17 @@ def sample(
     def step(rows: int, width: int):
         """A token for each of the first `rows` slots. It reads no value back, so that a CUDA graph can hold it."""
         last = lengths[row[:rows], None] - 1  # (rows, 1)
-        hidden = model(tokens[row[:rows, None], last], mask, cache[:, :, :rows, :, :width], last)  # (rows, 1, d)
+        hidden = model(tokens[row[:rows, None], last], skipped, cache[:, :, :rows, :, :width], last)  # (rows, 1, d)
         emit(hidden[:, 0], row[:rows])
 
     def admit(new: list[int]):
         """Rows take the next slots: a prompt runs once for those of its samples, its keys and values are copied."""
         unique, copies = torch.tensor([n // num_samples for n in new], device=device).unique(return_inverse=True)
-        row[R : R + len(new)] = new = torch.tensor(new, device=device)
+        new = torch.tensor(new, device=device)
+        row[R : R + len(new)] = new
         width = int(prompt_lens[new].max())
-        prompt_cache = model.new_cache(len(unique), width, mask)
-        hidden = model(tokens[unique * num_samples, :width], mask, prompt_cache)  # (unique, width, d)
+        prompt_cache = model.new_cache(len(unique), width, skipped)
+        hidden = model(tokens[unique * num_samples, :width], skipped, prompt_cache)  # (unique, width, d)
         cache[:, :, R : R + len(new), :, :width] = prompt_cache[:, :, copies]
         emit(hidden[copies, prompt_lens[new] - 1], new)
 
@@ -153,12 +154,12 @@ def sample(
     decode = graphed(step) if device.type == "cuda" else step
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=model.autocast)  # casts the weights once for all
     with gathered(model), torch.inference_mode(), autocast:
-        cache = model.new_cache(slots, T, mask)
+        cache = model.new_cache(slots, T, skipped)
         while waiting or R:
-            while waiting and R <= 0.875 * slots:
-                count = min(slots - R, PREFILL * num_samples)
+            while waiting and R <= 0.875 * slots:  # not for each slot that falls free: a prefill of few rows is slow
+                count = min(slots - R, PREFILL * num_samples, len(waiting))
                 admit(waiting[:count])
-                R, waiting = R + len(waiting[:count]), waiting[count:]
+                R, waiting = R + count, waiting[count:]
             ended = done[row[:R]]
             if ended.any():  # the last slots move into the holes
                 stay = int((~ended).sum())
@@ -348,6 +349,7 @@ class SharedConfig:
                 if value is not None and not (low <= value <= high and math.isfinite(value)):
                     raise InputError(f"--{name.replace('_', '-')} is {value}, it must be between {low:g} and {high:g}")
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = self.dtype or ("bfloat16" if self.device == "cuda" else "float32")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("--device is cuda, but torch finds no CUDA here; take cpu, or a torch built for CUDA")
         if self.engine == "python":
@@ -369,7 +371,7 @@ class SharedConfig:
 def run_script(main, config_class, parser: HfArgumentParser | None = None):
     """Run a stage with the flags of its dataclass. A typo or bad input ends it with one line and exit code 2.
 
-    So does running out of memory. Numbers that went bad and a disk that cannot be written: one line, exit code 1.
+    So do running out of memory and a failed save. Numbers that went bad, a log that cannot be written: exit code 1.
     """
     parser = parser or HfArgumentParser(config_class, allow_abbrev=False)
     try:
@@ -409,8 +411,8 @@ def main(config: Config) -> dict[str, tuple[Grades, float, float]]:
     prompts = encode_prompts(problems, model, config, config.max_new_tokens)
     skip = sample_skip(len(model.layers), config.skip_ratio, torch.Generator().manual_seed(config.seed))
     results = {}
-    for name, mask in (("pi", None), ("mu", skip)):
-        sampling = config.sampling(model) | {"skip": mask, "seed": config.seed}
+    for name, layers in (("pi", None), ("mu", skip)):
+        sampling = config.sampling(model) | {"skip": layers, "seed": config.seed}
         sample(model, prompts[:8], **sampling)  # warms up
         started = time.perf_counter()
         rollout = sample(model, prompts, **sampling)

@@ -20,7 +20,7 @@ What a program may try, and what stands against it:
     harm the next program   Each starts as a fork of the same memory, random state and hash seed included.
 
 Not guarded: holes in the kernel, in the little of it that a child can call; time (a program near a limit may end either
-way, one that asks for the time gets it). With unsafe=True on a system without seccomp (macOS, Windows) the limits are
+way, one that asks for the time gets it). With unsafe=True on a system without seccomp (macOS) the limits are
 all there is: a program can read and delete your files.
 """
 
@@ -95,7 +95,7 @@ def score_programs(programs: list[str], golds: list[str], task: str, unsafe: boo
 
 
 def score_result(answer: str, gold: str, task: str, options: str | None = None) -> float:
-    """reward.score, but a program may also miss a whole gold by 1e-4 of it, with a result that is not whole.
+    """reward.score, but a program may also miss a gold by 1e-4 of it, with a result that is not whole.
 
     Programs compute with rounded numbers: ReFT's data have one that takes 0.6667 for 2/3 and gets 8.99955, where 9 is
     right. A whole result was counted, so it must be exact: 70001 is wrong for 70000.
@@ -166,7 +166,7 @@ def start_server(kind: str) -> Server:
     paths = sorted({str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin})
     # Not python -I: it ignores the hash seed, which fixes the order of a set of strings.
     environment = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")} | {"PYTHONHASHSEED": "0"}
-    environment |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
+    environment |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     process = subprocess.Popen(
         [sys.executable, "-sS", "-Wignore", str(Path(__file__).resolve()), kind, seccomp_filter().hex(), *paths],
         stdin=subprocess.PIPE,

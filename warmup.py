@@ -144,8 +144,10 @@ def encode_examples(problems: list[Problem], model: Decoder, config: SharedConfi
     chat_end = turn_end(model) if is_chat(model, config) else None
     eos_id = model.eos_ids[0] if chat_end is None else chat_end
     for number, (prompt, target) in enumerate(zip(prompts, targets, strict=True), 1):
-        if (length := len(prompt) + len(target) + 1) > model.config.max_positions:
-            raise InputError(f"training problem {number} has {length} tokens, too many for the model's context")
+        length, limits = len(prompt) + len(target) + 1, model.config
+        if length > limits.max_positions or max(target, default=0) >= limits.vocab_size:
+            why = "too many for the model's context, or one is not in its embedding"
+            raise InputError(f"training problem {number} has {length} tokens: {why}")
     return [(prompt, [*target, eos_id]) for prompt, target in zip(prompts, targets, strict=True)]
 
 
@@ -220,7 +222,7 @@ class Run:
     def __init__(
         self, stage, config: TrainConfig, model: Decoder, marks, steps, weight_decay=0.0, beta2=0.999, **state
     ):
-        """Resume from --out with --resume, where there is a run; else start. Nothing is written if anything is refused."""
+        """Resume from --out with --resume, where there is a run; else start. What is refused writes nothing."""
         self.config, self.model, self.last, self.out = config, model, steps, Path(config.out)
         self.tests = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
         encode_prompts(self.tests, model, config, config.max_new_tokens)  # too long? now, not after the training

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 RUN="torchrun --nproc-per-node 8"
 FIT="--gradient-checkpointing --micro-batch 4 --max-rows 32 --resume" # 7B on 80 GB; changes no result beyond rounding
-RL="$FIT --save-every 200"                                             # --steps = 300 epochs x problems / 32
+RL="$FIT --save-every 200 --lam 0.95"                                           # --steps = 300 epochs x problems / 32
 
 # ReFT, GSM8K in words: warm-up of 2 epochs, then PPO; Nested-ReFT from the same warm-up
 for MODEL in codellama/CodeLlama-7b-hf facebook/galactica-6.7b; do

@@ -49,14 +49,20 @@ def state(run: Path) -> dict:
     }
 
 
-def soak(folder: Path, minutes: float, longest: float = 20.0) -> Counter:
-    """Disturb a run for so many minutes or until its end; returns how often it was hit by which signal, or asserts."""
+def soak(folder: Path, minutes: float, steps: int, longest: float = 10.0) -> Counter:
+    """Disturb a run for so many minutes or until its end; returns how often it was hit by which signal, or asserts.
+
+    A signal comes up to `longest` seconds after the process has opened the folder: in a step, in a save, between them.
+    """
     warmup, disturbed, quiet = (folder / name for name in ("warmup", "disturbed", "quiet"))
     assert script("warmup.py", "--out", warmup, "--steps", 40, "--limit", 400).wait() == 0
-    flags = ["--model", warmup, *FLAGS.split(), "--save-every", 1, "--steps", int(200 * minutes)]
+    flags = ["--model", warmup, *FLAGS.split(), "--save-every", 1, "--steps", steps]
     hits, dice, end = Counter(), random.Random(0), time.monotonic() + 60 * minutes
     while time.monotonic() < end or not (disturbed / "trainer.pt").exists():
+        (disturbed / "run.json").unlink(missing_ok=True)
         run = script("rl.py", *flags, "--out", disturbed, "--resume")
+        while run.poll() is None and not (disturbed / "run.json").exists():
+            time.sleep(0.02)
         time.sleep(dice.uniform(0, longest))
         number = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
         run.send_signal(number)
@@ -79,4 +85,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
     with tempfile.TemporaryDirectory() as folder:
-        print("equal to the bit:", dict(soak(Path(folder), parser.parse_args().minutes)))
+        minutes = parser.parse_args().minutes
+        print("equal to the bit:", dict(soak(Path(folder), minutes, steps=int(200 * minutes))))

@@ -23,10 +23,11 @@ for s in 0 1 2; do # corrections at the same lam and critic, and no critic: toy,
   echo "$run --advantage group --samples 8 --out runs/study/toy-group-$s"
 done | runs rl.py --steps 60 --eval-every 10 --save-every 10 --resume
 
-for s in 0 1; do # the same on long completions, 30 batches
-  run="--task toy-long --seed $s --model runs/toy-long-warmup-$s --skip-ratio 0.25"
-  for c in none ratio truncated retrace prefix; do echo "$run --correction $c --out runs/study/toy-long-$c-$s"; done
-  echo "$run --advantage group --samples 8 --out runs/study/toy-long-group-$s"
+for s in 0 1; do # the same on long completions, 30 batches; and more layers skipped
+  run="--task toy-long --seed $s --model runs/toy-long-warmup-$s --skip-ratio"
+  for c in none ratio truncated retrace; do echo "$run 0.25 --correction $c --out runs/study/toy-long-$c-$s"; done
+  echo "$run 0.25 --advantage group --samples 8 --out runs/study/toy-long-group-$s"
+  echo "$run 0.375 --out runs/study/toy-long-375-$s"
 done | runs rl.py --steps 30 --eval-every 10 --save-every 10 --resume
 
 python evaluate.py runs/study/* --out runs

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -73,10 +74,11 @@ def write_run(folder, accuracies, **flags):
 
 
 def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path, capsys):
+    w0, w1 = (write_run(tmp_path / f"w{seed}", [0.5], seed=seed, model=None) for seed in (0, 1))
     runs = [
-        write_run(tmp_path / "a0", [0.5, 0.95], seed=0, skip_ratio=0.0, model="w0"),
-        write_run(tmp_path / "b0", [0.5, None], seed=0, skip_ratio=0.25, model="w0"),
-        write_run(tmp_path / "a1", [0.92, 0.97, 0.98], seed=1, skip_ratio=0.0, model="w1"),
+        write_run(tmp_path / "a0", [0.5, 0.95], seed=0, skip_ratio=0.0, model=w0),
+        write_run(tmp_path / "b0", [0.5, None], seed=0, skip_ratio=0.25, model=w0),
+        write_run(tmp_path / "a1", [0.92, 0.97, 0.98], seed=1, skip_ratio=0.0, model=w1),
     ]
     compare_groups(tmp_path, runs, [{"greedy_accuracy": x, "maj@8": x, "problems": 9} for x in (0.9, 0.7, 1.0)])
     plain, nested = json.loads((tmp_path / "study.json").read_text())
@@ -90,6 +92,19 @@ def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path, capsys):
     assert nested["skip_ratio"] == "0.25" and nested["maj@8"] == [0.7] and nested["seconds"] == [20.0]
     assert "0.950 ± 0.071 (2)" in capsys.readouterr().out
     assert (tmp_path / "study.png").stat().st_size > 0
+
+
+def test_runs_of_different_models_are_never_averaged(tmp_path):
+    """Trained from a hub id, or from warm-ups that started from different ones."""
+    ratios = (0.0, 0.1)
+    runs = [
+        write_run(tmp_path / f"{hub}-{r}", [0.9], model=hub, skip_ratio=r) for hub in ("1.5B", "7B") for r in ratios
+    ]
+    warm = [write_run(tmp_path / f"w-{hub}", [0.5], model=hub) for hub in ("1.5B", "7B")]
+    runs += [write_run(tmp_path / f"{Path(w).name}-rl-{s}", [0.9], model=w, seed=s) for w in warm for s in (0, 1)]
+    compare_groups(tmp_path, runs, [{"greedy_accuracy": x / 10} for x in range(8)])
+    found = sorted(row["greedy_accuracy"] for row in json.loads((tmp_path / "study.json").read_text()))
+    assert found == [[0.0], [0.1], [0.2], [0.3], [0.4, 0.5], [0.6, 0.7]]
 
 
 def test_what_the_model_was_warmed_up_with_tells_groups_apart(tmp_path):

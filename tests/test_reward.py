@@ -793,7 +793,6 @@ def test_bad_requests_are_named(tmp_path):
         (("gsm8k", "train", str(tmp_path)), [str(tmp_path), "cannot be read"]),
         (("toy", "train", "data.jsonl"), ["data.jsonl", "generated"]),
         (("toy", "train", None, 0), ["limit 0"]),
-        (("toy", "test", None, 513), ["limit 513", "512"]),
         (("svamp", "train", write(tmp_path, SVAMP), None, "python"), [":1:", "no program", "ReFT"]),
         (("svamp", "train", write(tmp_path, REFT, name="nl.jsonl"), None, "python"), [":1:", "engine python"]),
     ]:
@@ -924,6 +923,7 @@ def test_toy_programs_return_the_answer(task, toy):
 def test_toy_is_the_same_in_every_run(task, toy):
     random.seed(1)
     assert load_problems(task, "train", limit=100) == toy["train"][:100]
+    assert load_problems(task, "test", limit=1000) == toy["test"]  # a limit for both splits may be above one of them
     if task == "toy":
         first = toy["train"][0]
         assert first.question == "Tom has 14 apples. He sells 1 and buys 6. How many now?" and first.answer == "19"

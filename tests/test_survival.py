@@ -583,5 +583,5 @@ def test_peak_memory_is_logged(toy_run):
 
 
 def test_a_short_soak_ends_with_the_weights_of_an_undisturbed_run(tmp_path):
-    hits = soak(tmp_path, minutes=0.5, longest=12.0)
-    assert hits["steps"] > 0 and hits.total() > hits["steps"]  # some progress, and some hits
+    hits = soak(tmp_path, minutes=0.4, steps=10, longest=2.0)
+    assert hits.pop("steps") > 0 and hits.total() > 0
