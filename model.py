@@ -458,19 +458,40 @@ def load(source: str | Path, device: str | None, dtype: str | None) -> Decoder:
     raise InputError(f"{source}: no end-of-sequence token in generation_config.json, config.json or the tokenizer")
 
 
-def sample_skip(num_layers: int, skip_ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """eq. (2): the layers that mu leaves out, (num_layers,) bool, uniform among the inner ones.
+def sample_skip(
+    num_layers: int, skip_ratio: float, generator: torch.Generator | None = None, pool: list[int] | None = None
+) -> Tensor:
+    """eq. (2): the layers that mu leaves out, (num_layers,) bool, uniform among those of `pool`.
 
-    `round(skip_ratio * num_layers)` of them; the first and the last layer always stay, and one inner layer at least.
+    `round(skip_ratio * num_layers)` of them. pool None: all inner layers, as in the paper; see `rollout.skip_pool` for ours.
+    The first and the last layer always stay, and one inner layer at least.
     """
-    count = round(skip_ratio * num_layers)
-    if not 0 <= count <= max(num_layers - 3, 0):
-        most = f"at most {max(num_layers - 3, 0) / num_layers:.3f}: the first, the last and one inner layer stay"
-        asked = f"--skip-ratio {skip_ratio:g} (or --layer-dropout) would leave out {count} of {num_layers} layers"
-        raise InputError(f"{asked}; {most}")
+    count, inner = round(skip_ratio * num_layers), range(1, num_layers - 1)
+    most = max(min(len(inner) - 1, num_layers if pool is None else len(pool)), 0)
+    if not 0 <= count <= most or (skip_ratio > 0 and not count):
+        asked = f"--skip-ratio {skip_ratio:g} would leave out {count} of {num_layers} layers"
+        raise InputError(f"{asked}: take 0, or {1 / num_layers:.3g} (one layer) to {most / num_layers:.3g}")
+    pool = torch.tensor([*(inner if pool is None else pool)], dtype=torch.int64)
     skip = torch.zeros(num_layers, dtype=torch.bool)
-    skip[1 + torch.randperm(max(num_layers - 2, 0), generator=generator)[:count]] = True
+    skip[pool[torch.randperm(len(pool), generator=generator)[:count]]] = True
     return skip
+
+
+@torch.no_grad()
+def nested_kl(model: Decoder, pairs: list[tuple[list[int], list[int]]], skips: Tensor) -> Tensor:
+    """KL(mu || pi) per token under each mask, (masks,): exact over the vocabulary, at the tokens of the completions.
+
+    pairs: (prompt, completion) ids. skips: (masks, num_layers) bool; the rows of `torch.eye(num_layers) > 0` leave out one
+    layer each and tell what it is worth.
+    """
+    kl = torch.zeros(len(skips), dtype=torch.float64)
+    for prompt, completion in pairs:  # one by one: (actions, vocab) can be large
+        tokens = torch.tensor([prompt + completion], device=model.embed.weight.device)
+        log_pi = model.logits(model(tokens)[0, len(prompt) - 1 : -1]).log_softmax(-1)  # (actions, vocab)
+        for i, skip in enumerate(skips):
+            log_mu = model.logits(model(tokens, skip)[0, len(prompt) - 1 : -1]).log_softmax(-1)
+            kl[i] += (log_mu.exp() * (log_mu - log_pi)).sum().item()
+    return kl / sum(len(completion) for _, completion in pairs)
 
 
 def read_json(path: Path) -> dict:

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from model import Decoder, add, gathered, load, sample_skip, shard, total
 from reward import TOY_STEPS, InputError, load_problems
-from rollout import OUTCOMES, Grades, Rollout, encode_prompts, flag, grade, run_script, sample, token_logp
+from rollout import MEASURED, OUTCOMES, Grades, Rollout, encode_prompts, flag, grade, measure_layers, run_script, sample
+from rollout import skip_pool, token_logp
 from warmup import Run, TrainConfig, batch_indices, encode_examples, fingerprint, micro_batches, supervised_step
 
 TOY = {"steps": 20, "rollout_batch": 128, "minibatch": 64, "lr": 1e-4, "kl_coef": 0.01, "value_coef": 0.1}
@@ -58,7 +59,7 @@ class Config(TrainConfig):
     model: str = flag("runs/warmup", "directory or hub id of the warm-up model, also the reference of the KL penalty")
     out: str = flag("runs/rl", "directory of the run")
     steps: int | None = flag(None, "rollout batches (toy: 20, else 1000)")
-    skip_ratio: float = flag(0.0, "share of the layers that the behavior model skips; 0 is plain ReFT")
+    skip_ratio: float = flag(0.0, "share of the layers that the behavior model mu skips; 0 is plain ReFT")
     objective: Literal["ppo", "self-training"] = flag("ppo", "self-training: eq. (1) on what is right or annotated")
     advantage: Literal["gae", "group"] = flag("gae", "group: relative to the samples of one question, no critic")
     correction: Correction | None = flag(None, "weights and traces for completions of mu (toy: prefix, else truncated)")
@@ -272,11 +273,14 @@ def main(config: Config) -> dict:
     """Train, evaluate on the test problems, save; returns what evaluation.json holds."""
     problems = load_problems(config.task, "train", config.data, config.limit, config.engine)
     reference = load(config.model, config.device, config.dtype)  # pi_theta^(0)
+    prompts = encode_prompts(problems, reference, config, config.max_new_tokens)
+    if config.skip_layers == "cheap" and (config.skip_ratio or config.target_kl_behav):
+        own = sample(reference, prompts[:MEASURED], seed=config.seed, **config.sampling(reference))
+        measure_layers(reference, own.pairs())
     model, num_layers = copy.deepcopy(reference), len(reference.layers)
-    sample_skip(num_layers, config.skip_ratio)  # refuses a ratio that leaves no inner layer
-    prompts = encode_prompts(problems, model, config, config.max_new_tokens)
-    annotated = encode_examples(problems, model, config) if config.objective == "self-training" else []
     level = config.skip_ratio * num_layers  # layers to skip; moves with --target-kl-behav
+    sample_skip(num_layers, config.skip_ratio, pool=skip_pool(model, round(level), config))  # refuses none or too many
+    annotated = encode_examples(problems, model, config) if config.objective == "self-training" else []
     run = Run("rl", config, model, fingerprint(problems, reference), config.steps, level=level)
     freeze(reference)
 
@@ -286,7 +290,8 @@ def main(config: Config) -> dict:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         chosen = batch_indices(config.seed, step, config.rollout_batch // config.samples, len(problems))
         batch = [problems[i] for i in chosen]
-        skip = sample_skip(num_layers, round(run.state["level"]) / num_layers, generator)
+        count = round(run.state["level"])
+        skip = sample_skip(num_layers, count / num_layers, generator, skip_pool(model, count, config))  # eq. (2)
 
         # 2. completions from the nested behavior model mu
         sampling = config.sampling(model) | {"num_samples": config.samples, "seed": int(rng.integers(2**62))}
@@ -340,7 +345,11 @@ def main(config: Config) -> dict:
             "update_seconds": time.perf_counter() - started,  # steps 4 to 6
         }
         if config.target_kl_behav is not None:
-            run.state["level"] = next_level(run.state["level"], numbers["kl_behav"], config.target_kl_behav, num_layers)
+            kl = (
+                numbers["kl_behav"] if count else min(getattr(model.hf_config, "layer_kl", [0.0]))
+            )  # what one would cost
+            most = min(len(skip_pool(model, num_layers, config)), num_layers - 3)
+            run.state["level"] = next_level(run.state["level"], kl, config.target_kl_behav, most)
         said = "reward {:g}, gold {}\n{}\n>>> {}\n"
         texts = [said.format(reward[n], batch[n].answer, batch[n].question, grades.texts[n]) for n in (0, -1)]
         run.record(numbers, chosen, texts, warnings(numbers, step, config.lam))
@@ -407,13 +416,13 @@ def mismatch(logp_old: Tensor, logp_behav: Tensor, mask: Tensor, cap: float, rew
     }
 
 
-def next_level(level: float, kl_behav: float, target: float, num_layers: int) -> float:
+def next_level(level: float, kl_behav: float, target: float, most: int) -> float:
     """--target-kl-behav: the number of layers to skip next, a real number that is rounded when the mask is drawn.
 
     Half a layer up or down at most, by log(target / KL): the geometric mean of the KL comes to rest at the target.
     """
     error = math.log(target / max(kl_behav, 1e-9))
-    return min(max(level + 0.5 * min(max(error, -1.0), 1.0), 0.0), max(num_layers - 3.0, 0.0))
+    return min(max(level + 0.5 * min(max(error, -1.0), 1.0), 0.0), max(most, 0.0))
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ equals one masked forward pass over it. One row of a Rollout, a prompt of 3 toke
 """
 
 import math
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -23,8 +24,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import HfArgumentParser
 
-from model import Decoder, gather, gathered, load, process_group, rank, sample_skip, total, world_size
-from reward import TASKS, InputError, Problem, extract_answer, load_problems, make_prompt, score
+from model import Decoder, gather, gathered, load, nested_kl, process_group, rank, sample_skip, total, world_size
+from reward import TASKS, TOY_STEPS, InputError, Problem, extract_answer, load_problems, make_prompt, score
 from sandbox import execute, score_result
 
 
@@ -206,16 +207,36 @@ def graphed(step: Callable[[int, int], None]) -> Callable[[int, int], None]:
     return replay
 
 
-@torch.no_grad()
-def exact_kl_behav(model: Decoder, rollout: Rollout) -> Tensor:
-    """KL(mu || pi) at every state that mu visited, exact over the vocabulary, (actions,)."""
-    kl = []
-    for n, length in enumerate(rollout.lengths.tolist()):  # one by one: (actions, vocab) can be large
-        tokens, mask = rollout.tokens[n : n + 1, :length], rollout.action_mask[n : n + 1, : length - 1]
-        logits = (model.logits(model(tokens, skip)[:, :-1][mask]) for skip in (rollout.skip, None))
-        log_mu, log_pi = (x.log_softmax(-1) for x in logits)  # (actions, vocab) each
-        kl.append((log_mu.exp() * (log_mu - log_pi)).sum(-1))  # (actions,)
-    return torch.cat(kl)
+# ---- which layers mu may leave out ----------------------------------------------------------------------------------
+
+
+MEASURED = 16  # completions that tell what each layer is worth
+
+
+def measure_layers(model: Decoder, pairs: list[tuple[list[int], list[int]]]):
+    """KL(mu||pi) per token without each single layer, on (prompt, completion) pairs of ids: what a layer is worth.
+
+    Measured once and carried on in `config.json` of every checkpoint, so that warm-up and RL draw from the same layers.
+    """
+    if not getattr(model.hf_config, "layer_kl", None):
+        model.hf_config.layer_kl = nested_kl(model, pairs, torch.eye(len(model.layers)) > 0).tolist()
+
+
+def skip_pool(model: Decoder, count: int, config: "NestedConfig") -> list[int]:
+    """The layers among which eq. (2) draws the `count` that mu leaves out, by --skip-layers.
+
+    inner, the paper: all but the first and the last. cheap, ours: twice as many as are left out, those that are worth least
+    (see `measure_layers`), since some inner layers of a pretrained model cannot be missed. Or the layers of a list.
+    """
+    inner = list(range(1, len(model.layers) - 1))
+    if config.skip_layers == "inner" or not count:
+        return inner
+    if config.skip_layers == "cheap":
+        return sorted(inner, key=lambda layer: model.hf_config.layer_kl[layer])[: 2 * count]
+    listed = [int(layer) for layer in config.skip_layers.split(",")]
+    if len({*listed} & {*inner}) < len(listed):
+        raise InputError(f"--skip-layers {config.skip_layers}: must be different numbers from 1 to {len(inner)}")
+    return listed
 
 
 # ---- prompts --------------------------------------------------------------------------------------------------------
@@ -368,6 +389,20 @@ class SharedConfig:
         return ids | {"max_new_tokens": self.max_new_tokens, "max_rows": self.max_rows}
 
 
+@dataclass
+class NestedConfig(SharedConfig):
+    """Flags of the scripts that leave out layers, eq. (2)."""
+
+    skip_ratio: float = flag(0.25, "share of the layers that the behavior model mu skips")
+    skip_layers: str | None = flag(None, "among which: inner, cheap, or a list like 3,5,7 (toy: inner, else cheap)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.skip_layers = self.skip_layers or ("inner" if self.task in TOY_STEPS else "cheap")
+        if not re.fullmatch(r"inner|cheap|\d+(,\d+)*", self.skip_layers):
+            raise InputError(f"--skip-layers is {self.skip_layers}, it must be inner, cheap, or numbers like 3,5,7")
+
+
 def run_script(main, config_class, parser: HfArgumentParser | None = None):
     """Run a stage with the flags of its dataclass. A typo or bad input ends it with one line and exit code 2.
 
@@ -395,30 +430,40 @@ def run_script(main, config_class, parser: HfArgumentParser | None = None):
 
 
 @dataclass
-class Config(SharedConfig):
+class Config(NestedConfig):
     """Flags of rollout.py."""
 
     model: str = flag("runs/warmup", "directory or hub id")
-    skip_ratio: float = flag(0.25, "share of the layers that mu skips")
     limit: int | None = flag(64, "how many test problems")
     seed: int = flag(0, "seed of the mask and of the samples")
 
 
 def main(config: Config) -> dict[str, tuple[Grades, float, float]]:
-    """Print completions of pi and mu from the same noise; returns grades, tokens/s and exact KL per token of both."""
+    """Print what each layer is worth, and completions of pi and mu from the same noise.
+
+    Returns grades, tokens/s and exact KL per token of both.
+    """
     model = load(config.model, config.device, config.dtype)
     problems = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
-    prompts = encode_prompts(problems, model, config, config.max_new_tokens)
-    skip = sample_skip(len(model.layers), config.skip_ratio, torch.Generator().manual_seed(config.seed))
-    results = {}
-    for name, layers in (("pi", None), ("mu", skip)):
-        sampling = config.sampling(model) | {"skip": layers, "seed": config.seed}
+    prompts, num_layers = encode_prompts(problems, model, config, config.max_new_tokens), len(model.layers)
+    results, skip = {}, torch.zeros(num_layers, dtype=torch.bool)
+    for name in ("pi", "mu"):
+        sampling = config.sampling(model) | {"skip": skip, "seed": config.seed}
         sample(model, prompts[:8], **sampling)  # warms up
         started = time.perf_counter()
         rollout = sample(model, prompts, **sampling)
-        seconds = time.perf_counter() - started
-        speed, kl = int(rollout.action_mask.sum()) / seconds, exact_kl_behav(model, rollout).mean().item()
+        speed = int(rollout.action_mask.sum()) / (time.perf_counter() - started)
+        kl = nested_kl(model, rollout.pairs(), skip[None]).item()
         results[name] = grade(rollout, problems, model, config), speed, kl
+        if name == "pi":
+            worth = nested_kl(model, rollout.pairs()[:MEASURED], torch.eye(num_layers) > 0).tolist()
+            model.hf_config.layer_kl = getattr(model.hf_config, "layer_kl", worth)  # that of the warm-up, if any
+            pool = skip_pool(model, round(config.skip_ratio * num_layers), config)
+            skip = sample_skip(num_layers, config.skip_ratio, torch.Generator().manual_seed(config.seed), pool)
+    print("KL(mu||pi) per token without one layer:")
+    for layer, (kl, skipped) in enumerate(zip(worth, skip.tolist(), strict=True)):
+        bar = "#" * round(60 * kl / max(worth))
+        print(f"{layer:5} {kl:9.4f} {'left out by mu ' * skipped}{bar}")
     for n, problem in enumerate(problems[:4]):
         print(f"--- {problem.question} (gold: {problem.answer})")
         for name, (grades, _, _) in results.items():

@@ -30,19 +30,19 @@ from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from evaluate import draw_curves, evaluate, make_folder
-from model import Decoder, load, named_in_errors, peak_memory, sample_skip, write_json
-from model import gather, rank, shard, total, whole, world_size  # several processes
+from model import Decoder, load, named_in_errors, nested_kl, peak_memory, sample_skip, write_json
+from model import gather, gathered, rank, shard, total, whole, world_size  # several processes
 from reward import TOY_STEPS, InputError, Problem, load_problems, make_prompt, make_target
-from rollout import SharedConfig, encode_prompts, flag, is_chat, run_script, token_logp, turn_end
+from rollout import MEASURED, NestedConfig, SharedConfig, encode_prompts, flag, is_chat, measure_layers
+from rollout import run_script, skip_pool, token_logp, turn_end
 
 TOY = {"batch": 32, "lr": 4e-3, "beta2": 0.95, "weight_decay": 0.1, "layer_dropout": 0.5, "epochs": 0.9}
 # ReFT, section 4.3 and appendix B: 2 epochs on GSM8K and SVAMP, 5 (programs: 2) on MathQA letters, 10 on MathQA numbers
 PRETRAINED = {"batch": 48, "lr": 1e-5, "beta2": 0.999, "weight_decay": 0.0, "layer_dropout": 0.0, "epochs": 2.0}
-DROPPED_SHARE = 0.25  # layer dropout leaves out a quarter of the layers
 
 
 @dataclass
-class TrainConfig(SharedConfig):
+class TrainConfig(NestedConfig):
     """Flags of both training stages."""
 
     data: str | None = flag(None, "training problems: a JSON file or hub id (default: the task's usual data set)")
@@ -66,7 +66,7 @@ class Config(TrainConfig):
     lr: float | None = flag(None, "rises over a tenth of the steps, falls to 0 (toy: 4e-3, pretrained: 1e-5)")
     beta2: float | None = flag(None, "AdamW decay of the squared gradient (toy: 0.95, pretrained: 0.999)")
     weight_decay: float | None = flag(None, "AdamW weight decay of the matrices (toy: 0.1, pretrained: 0)")
-    layer_dropout: float | None = flag(None, "share of batches with layers left out (toy: 0.5, pretrained: 0)")
+    layer_dropout: float | None = flag(None, "share of batches with --skip-ratio at work (toy: 0.5, pretrained: 0)")
 
     def __post_init__(self):
         self.fill_in(TOY if self.model is None else PRETRAINED)
@@ -85,7 +85,10 @@ def main(config: Config) -> dict:
     model.value_head.requires_grad_(False)  # stage 1 has no critic
     examples, num_layers = encode_examples(problems, model, config), len(model.layers)
     if config.layer_dropout:
-        sample_skip(num_layers, DROPPED_SHARE)  # refuses a model with too few layers
+        if config.skip_layers == "cheap":
+            measure_layers(model, examples[:MEASURED])
+        pool = skip_pool(model, round(config.skip_ratio * num_layers), config)
+        sample_skip(num_layers, config.skip_ratio, pool=pool)  # refuses to leave out none, or too many
     steps = config.steps or max(1, round(config.epochs * len(problems) / config.batch))
     run = Run("warmup", config, model, fingerprint(problems), steps, config.weight_decay, config.beta2)
 
@@ -93,7 +96,8 @@ def main(config: Config) -> dict:
         # 2. a batch, and for a share of the batches a skip mask
         rng, skip = np.random.default_rng((config.seed, 1, step)), None
         if rng.random() < config.layer_dropout:
-            skip = sample_skip(num_layers, DROPPED_SHARE, torch.Generator().manual_seed(int(rng.integers(2**62))))
+            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+            skip = sample_skip(num_layers, config.skip_ratio, generator, pool)  # eq. (2)
         chosen = batch_indices(config.seed, step, config.batch, len(examples))
         batch = [examples[i] for i in chosen]
 
@@ -104,11 +108,16 @@ def main(config: Config) -> dict:
         # 4. the records
         tokens = sum(len(prompt) + len(completion) for prompt, completion in batch)
         speed = tokens / (time.perf_counter() - run.started)
-        run.record({"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}, chosen)
+        numbers = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
+        if config.layer_dropout and config.eval_every and step % config.eval_every == 0:
+            masks = [sample_skip(num_layers, config.skip_ratio, torch.manual_seed(i), pool) for i in range(8)]
+            with gathered(model):  # KL(mu||pi) per token: how well the model can do without layers by now
+                numbers["kl_behav"] = nested_kl(model, examples[:MEASURED], torch.stack(masks)).mean().item()
+        run.record(numbers, chosen)
     given = [(name, getattr(config, name)) for name in ("task", "engine", "prompt_style", "data", "test_data")]
     flags = "".join(f" --{k.replace('_', '-')} {v}" for k, v in given if v not in ("toy", "nl", "auto", None))
-    ratio = DROPPED_SHARE if config.layer_dropout else 0.1
-    return run.finish(("loss", "greedy_accuracy"), f"python rl.py --skip-ratio {ratio} --model {config.out}{flags}")
+    then = f"python rl.py --skip-ratio {config.skip_ratio:g} --model {config.out}{flags}"
+    return run.finish(("loss", "greedy_accuracy", "kl_behav"), then)
 
 
 def toy_model(config: Config, problems: list[Problem]) -> Decoder:

@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from model import Decoder, load, sample_skip, write_json
+from model import Decoder, load, nested_kl, sample_skip, write_json
 from reward import TASKS, InputError, load_problems, make_target, score
-from rollout import Rollout, SharedConfig, encode_prompts, exact_kl_behav, flag, grade, run_script, sample
+from rollout import Rollout, SharedConfig, encode_prompts, flag, grade, run_script, sample
 from sandbox import run_programs
 
 SHAPES = {  # hidden, layers, heads, KV heads, MLP, vocabulary; then rows, longest prompt and new tokens of its workloads
@@ -233,7 +233,9 @@ def trained_skips(config: Config) -> list[dict]:
     work = {"prompts": encode_prompts(problems, model, config, config.max_new_tokens), **config.sampling(model)}
     rows, done = skip_speeds(model, work, {0.0, *config.skip_ratios}, config)
     for row, rounds in zip(rows, done.values(), strict=True):
-        row["kl_behav"] = torch.cat([exact_kl_behav(model, one.result) for one in rounds]).mean().item()
+        row["kl_behav"] = float(
+            np.mean([nested_kl(model, one.result.pairs(), one.result.skip[None]) for one in rounds])
+        )
         right = [grade(one.result, problems, model, config).rewards == 1 for one in rounds]
         row["accuracy"] = torch.cat(right).double().mean().item()
     return rows

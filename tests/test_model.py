@@ -160,9 +160,9 @@ def test_sample_skip_is_uniform_among_inner_layers():
     assert not sample_skip(8, 0.0).any()
 
 
-@pytest.mark.parametrize("ratio", [0.75, 1.0, -0.5])
-def test_sample_skip_refuses_to_skip_every_inner_layer(ratio):
-    with pytest.raises(InputError, match="--skip-ratio"):
+@pytest.mark.parametrize("ratio", [0.75, 1.0, -0.5, 0.05])
+def test_sample_skip_refuses_to_skip_every_inner_layer_or_none_where_some_was_asked_for(ratio):
+    with pytest.raises(InputError, match=r"take 0, or 0.125 \(one layer\) to 0.625"):
         sample_skip(8, ratio)
 
 

@@ -386,9 +386,20 @@ def test_target_kl_behav_moves_the_number_of_skipped_layers(toy_run, tmp_path):
     _, rising = train(toy_run, tmp_path / "a", steps=6, target_kl_behav=100.0)
     counts = [len(record["skipped_layers"]) for record in rising]
     assert counts[0] == 0 and counts == sorted(counts) and counts[-1] >= 2
+    _, rising = train(toy_run, tmp_path / "list", steps=6, target_kl_behav=100.0, skip_layers="2,5")
+    assert [len(record["skipped_layers"]) for record in rising][-2:] == [2, 2]  # of two layers, no more
+    _, staying = train(toy_run, tmp_path / "dear", steps=4, target_kl_behav=1e-9, skip_layers="cheap")
+    assert not any(record["skipped_layers"] for record in staying)  # one layer already costs too much
     _, falling = train(toy_run, tmp_path / "b", steps=6, skip_ratio=0.5, target_kl_behav=1e-9)
     counts = [len(record["skipped_layers"]) for record in falling]
     assert counts[0] == 4 and counts == sorted(counts, reverse=True) and counts[-1] <= 2
+
+
+def test_cheap_layers_are_measured_on_the_reference_and_all_masks_come_from_them(toy_run, tmp_path):
+    _, records = train(toy_run, tmp_path / "rl", steps=6, skip_ratio=0.125, skip_layers="cheap")
+    worth = json.loads((tmp_path / "rl" / "config.json").read_text())["layer_kl"]
+    cheapest = sorted(range(1, 7), key=lambda layer: worth[layer])[:2]
+    assert {layer for record in records for layer in record["skipped_layers"]} == {*cheapest}
 
 
 def test_group_advantages_reach_every_token_and_leave_the_critic_alone(toy_run, tmp_path, monkeypatch):

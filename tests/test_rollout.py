@@ -6,21 +6,23 @@ import pytest
 import torch
 from families import CONFIGS, random_hf_model
 
-from model import Decoder, load, sample_skip
-from reward import Problem, load_problems
+from model import Decoder, load, nested_kl, sample_skip
+from reward import InputError, Problem, load_problems
 from rollout import (
     LOOK_EVERY,
     Config,
+    NestedConfig,
     Rollout,
     SharedConfig,
     draw,
     encode_prompts,
-    exact_kl_behav,
     grade,
     graphed,
     main,
+    measure_layers,
     prompt_seeds,
     sample,
+    skip_pool,
     token_logp,
 )
 
@@ -296,15 +298,41 @@ def test_programs_are_run_and_graded_by_what_they_return(toy_run):
     assert grades.answers == ["8", "7", None, None, None]
 
 
-def test_kl_behav_is_exact_over_the_vocabulary(decoder):
-    full, nested = run(decoder), run(decoder, skip=INNER)
-    assert (exact_kl_behav(decoder, full) == 0).all()
+def test_kl_of_nested_models_is_exact_over_the_vocabulary_and_a_mean_over_completion_tokens(decoder):
+    nested = run(decoder, skip=INNER)
     with torch.no_grad():
         log_mu = decoder.logits(decoder(nested.tokens, INNER))[:, :-1].log_softmax(-1)
         log_pi = decoder.logits(decoder(nested.tokens))[:, :-1].log_softmax(-1)
     expected = torch.nn.functional.kl_div(log_pi, log_mu, reduction="none", log_target=True).sum(-1)  # KL(mu || pi)
-    kl = exact_kl_behav(decoder, nested)
-    assert (kl - expected[nested.action_mask]).abs().max() < 1e-12 and (kl > 0).all()
+    kl = nested_kl(decoder, nested.pairs(), torch.stack([torch.zeros_like(INNER), INNER]))
+    assert kl[0] == 0 and abs(kl[1] - expected[nested.action_mask].mean()) < 1e-12 and kl[1] > 0
+
+
+def test_cheap_layers_are_twice_as_many_as_are_skipped_and_those_that_are_worth_least(toy_run):
+    model = load(toy_run, None, None)
+    model.hf_config.layer_kl = [0.0, 0.3, 0.1, 8.0, 0.2, 0.4, 9.0, 0.0]  # never the first or the last
+    cheap = NestedConfig(skip_layers="cheap")
+    assert skip_pool(model, 1, cheap) == [2, 4] and skip_pool(model, 2, cheap) == [2, 4, 1, 5]
+    assert skip_pool(model, 2, NestedConfig()) == [1, 2, 3, 4, 5, 6]
+    assert {sample_skip(8, 0.125, pool=[2, 4]).nonzero().item() for _ in range(60)} == {2, 4}
+    assert skip_pool(model, 2, NestedConfig(skip_layers="5,3")) == [5, 3]
+    for wrong in ("0,2", "1,1", "1,7"):
+        with pytest.raises(InputError, match="different numbers from 1 to 6"):
+            skip_pool(model, 1, NestedConfig(skip_layers=wrong))
+    with pytest.raises(InputError, match="must be inner, cheap, or numbers"):
+        NestedConfig(skip_layers="all")
+    assert (NestedConfig(task="toy-long").skip_layers, NestedConfig(task="svamp").skip_layers) == ("inner", "cheap")
+
+
+def test_what_layers_are_worth_is_measured_once_and_carried_with_the_checkpoint(toy_run, tmp_path):
+    model = load(toy_run, None, None)
+    pairs = run(model).pairs()
+    measure_layers(model, pairs)
+    worth = model.hf_config.layer_kl
+    assert worth[2] == nested_kl(model, pairs, torch.arange(8)[None] == 2).item() > 0
+    measure_layers(model, [([1], [2])])
+    model.save_pretrained(tmp_path)
+    assert load(tmp_path, None, None).hf_config.layer_kl == model.hf_config.layer_kl == worth
 
 
 def test_prompts_beyond_the_context_are_refused(decoder):
@@ -324,7 +352,7 @@ def test_the_script_prints_completions_of_both_models_and_what_skipping_does(toy
     model, problems = load(toy_run, None, "float64"), load_problems("toy", "test", limit=6)
     skip, prompts = sample_skip(8, 0.25, torch.Generator().manual_seed(0)), encode_prompts(problems, model, config, 8)
     full, nested = (sample(model, prompts, skip=mask, seed=0, **config.sampling(model)) for mask in (None, skip))
-    assert kl_of_mu == pytest.approx(exact_kl_behav(model, nested).mean().item(), abs=1e-12)
+    assert kl_of_mu == pytest.approx(nested_kl(model, nested.pairs(), skip[None]).item(), abs=1e-12)
     assert pi.texts == grade(full, problems, model, config).texts != mu.texts
     assert mu.texts == grade(nested, problems, model, config).texts
     shown = [
@@ -332,7 +360,10 @@ def test_the_script_prints_completions_of_both_models_and_what_skipping_does(toy
         f"pi, reward {pi.rewards[n]:g}: {pi.texts[n]!r}\nmu, reward {mu.rewards[n]:g}: {mu.texts[n]!r}\n"
         for n, problem in enumerate(problems[:4])
     ]
-    assert out.startswith("".join(shown))
+    assert "".join(shown) in out
+    worth = nested_kl(model, full.pairs(), torch.eye(8) > 0)
+    for layer in range(8):
+        assert f"{layer:5} {worth[layer]:9.4f} {'left out by mu ' * bool(skip[layer])}" in out
     assert f"6 problems; mu leaves out layers {skip.nonzero().flatten().tolist()} of 8\n" in out
     for name, (grades, speed, kl) in results.items():
         accuracy = grades.outcomes.count("right") / 6

@@ -67,6 +67,19 @@ def test_layer_dropout_trains_nested_models_in_its_share_of_batches(tmp_path, mo
     assert all(int(skip.sum()) == 2 for skip in skips) and len({tuple(skip.tolist()) for skip in skips}) > 5
 
 
+def test_layer_dropout_draws_as_many_layers_from_the_pool_as_rl_will_and_says_how_well_the_model_does_without(tmp_path):
+    flags = {"layer_dropout": 1.0, "skip_ratio": 0.125, "skip_layers": "cheap", "eval_every": 2}
+    masks, real = [], warmup.supervised_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warmup, "supervised_step", lambda *args: masks.append(args[3]) or real(*args))
+        run = train(tmp_path, steps=12, **flags)
+    worth = json.loads((run / "config.json").read_text())["layer_kl"]
+    cheapest = sorted(range(1, 7), key=lambda layer: worth[layer])[:2]
+    assert {tuple(mask.nonzero().flatten().tolist()) for mask in masks} == {(cheapest[0],), (cheapest[1],)}
+    kl = [record.get("kl_behav") for record in read_metrics(run)]
+    assert [x is None for x in kl] == [True, False] * 6 and all(x > 0 for x in kl if x is not None)
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
     a, b, c = (train(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
     assert all(torch.equal(p, q) for p, q in zip(weights(a), weights(b), strict=True))
