@@ -34,6 +34,8 @@ from reward import InputError
 
 logging.disable_progress_bar()  # of every load and save
 logging.set_verbosity_error()  # `from_pretrained` raises what matters
+ACTIVATIONS = ("silu", "swish", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
+ROPE_TYPES = ("default", "llama3")
 OPT_OFFSET = 2  # OPT keeps two unused rows at the start of its position table
 
 
@@ -68,58 +70,41 @@ def read_config(hf: PreTrainedConfig) -> ModelConfig:
 
     opt, rope = hf.model_type == "opt", getattr(hf, "rope_parameters", None) or {}
     activation = hf.activation_function if opt else hf.hidden_act
+    stretched = (rope.get("rope_type"), rope.get("factor")) != ("linear", 1)  # which divides positions by 1
     unsupported = {
         "quantization_config": getattr(hf, "quantization_config", None),
-        f"activation {activation!r}": activation not in ("silu", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh"),
+        f"activation {activation!r}": activation not in ACTIVATIONS,
         "do_layer_norm_before=False": opt and not hf.do_layer_norm_before,
         "word_embed_proj_dim unlike hidden_size": opt and hf.word_embed_proj_dim != hf.hidden_size,
         "_remove_final_layer_norm=True": opt and hf._remove_final_layer_norm,
-        f"rope_type={rope.get('rope_type')!r}": rope.get("rope_type", "default") not in ("default", "llama3"),
+        f"rope_type={rope.get('rope_type')!r}": stretched and rope.get("rope_type", "default") not in ROPE_TYPES,
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
         "sliding-window attention": {*(getattr(hf, "layer_types", None) or ())} - {"full_attention"},
     }
     for feature in (feature for feature, present in unsupported.items() if present):
         raise InputError(f"{hf.model_type} config: {feature} is not supported by model.py; use a checkpoint without it")
-    shared = {
-        "vocab_size": hf.vocab_size,
-        "max_positions": hf.max_position_embeddings,
-        "hidden_size": hf.hidden_size,
-        "num_layers": hf.num_hidden_layers,
-        "num_heads": hf.num_attention_heads,
-        "activation": activation,
-        "tied_head": hf.tie_word_embeddings,
-    }
-    if opt:
-        return ModelConfig(
-            **shared,
-            num_kv_heads=hf.num_attention_heads,
-            head_dim=hf.hidden_size // hf.num_attention_heads,
-            mlp_size=hf.ffn_dim,
-            gated_mlp=False,
-            norm="layer",
-            norm_eps=1e-5,
-            norm_affine=hf.layer_norm_elementwise_affine,
-            rope=None,
-            **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), hf.enable_bias),
-            qk_norm=False,
-            init_std=hf.init_std,
-        )
-    biased = hf.model_type == "qwen2" or hf.attention_bias
+    heads, biased = hf.num_attention_heads, hf.enable_bias if opt else hf.model_type == "qwen2" or hf.attention_bias
     return ModelConfig(
-        **shared,
-        num_kv_heads=hf.num_key_value_heads,
-        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-        mlp_size=hf.intermediate_size,
-        gated_mlp=True,
-        norm="rms",
-        norm_eps=hf.rms_norm_eps,
-        norm_affine=True,
-        rope={"rope_type": "default"} | rope,
+        vocab_size=hf.vocab_size,
+        max_positions=hf.max_position_embeddings,
+        hidden_size=hf.hidden_size,
+        num_layers=hf.num_hidden_layers,
+        num_heads=heads,
+        num_kv_heads=heads if opt else hf.num_key_value_heads,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // heads,
+        mlp_size=hf.ffn_dim if opt else hf.intermediate_size,
+        activation=activation,
+        gated_mlp=not opt,
+        norm="layer" if opt else "rms",
+        norm_eps=1e-5 if opt else hf.rms_norm_eps,
+        norm_affine=hf.layer_norm_elementwise_affine if opt else True,
+        rope=None if opt else {"rope_type": "default"} | rope,
         qkv_bias=biased,
         out_bias=biased and hf.model_type != "qwen2",
-        mlp_bias=getattr(hf, "mlp_bias", False),
+        mlp_bias=hf.enable_bias if opt else getattr(hf, "mlp_bias", False),
         qk_norm=hf.model_type == "qwen3",
-        init_std=hf.initializer_range,
+        tied_head=hf.tie_word_embeddings,
+        init_std=hf.init_std if opt else hf.initializer_range,
     )
 
 
@@ -135,7 +120,7 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     rope = config.rope
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     frequency = 1.0 / rope["rope_theta"] ** exponent  # (head_dim / 2,)
-    if rope["rope_type"] == "default":
+    if rope["rope_type"] != "llama3":
         return frequency
     context = rope.get("original_max_position_embeddings") or config.max_positions
     waves = context * frequency / (2 * torch.pi)  # full turns within the original context
