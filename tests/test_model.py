@@ -279,9 +279,13 @@ def test_missing_misshapen_and_foreign_weights_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("generation", "config", "expected"), [([5, 6], 7, [5, 6]), (None, 7, [7]), (None, None, [1])], ids=str
+    ("generation", "config", "expected"),
+    [([5, 6], 7, [5, 6, 7]), (None, [7, 7], [7]), ([], None, [1]), (None, None, [1])],
+    ids=str,
 )
-def test_eos_comes_from_generation_config_then_config_then_tokenizer(generation, config, expected, toy_run, tmp_path):
+def test_eos_ids_of_both_configs_are_one_set_else_the_tokenizer_has_one(
+    generation, config, expected, toy_run, tmp_path
+):
     folder = shutil.copytree(toy_run, tmp_path / "run")
     for file, eos in (("generation_config.json", generation), ("config.json", config)):
         text = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
