@@ -268,7 +268,8 @@ def check_fit(rows: list[list[int]], model: Decoder, room: int, training: bool, 
     """InputError for rows that exceed context or embedding; few of training are taken out of `problems` and `others`."""
     most, known = model.config.max_positions, model.config.vocab_size
     bad = [n for n, row in enumerate(rows) if len(row) + room > most or max(row) >= known]
-    what = f"exceed the model's context of {most} tokens with {room} new ones (--max-new-tokens), or its embedding"
+    new = f" with --max-new-tokens {room}" if room else ""
+    what = f"exceed the model's context of {most} tokens{new}, or its embedding"
     if bad and not (training and len(bad) < 0.01 * len(rows)):
         first = f"problem {bad[0] + 1} ({problems[bad[0]].question[:40]!r}...) of {len(rows[bad[0]])} tokens"
         raise InputError(f"{len(bad)} of {len(rows)} problems {what}; the first is {first}")
