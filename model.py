@@ -14,13 +14,13 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -34,93 +34,49 @@ from reward import InputError
 
 logging.disable_progress_bar()  # of every load and save
 logging.set_verbosity_error()  # `from_pretrained` raises what matters
+CLOCK = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"  # in a chat template: the same prompts tomorrow
 OPT_OFFSET = 2  # OPT keeps two unused rows at the start of its position table
 
 
-@dataclass(frozen=True)
 class ModelConfig:
-    """What the decoder needs to know; `read_config` makes one from a Hugging Face config."""
+    """What the decoder needs to know of a Hugging Face config; InputError for any feature that it would leave out."""
 
-    vocab_size: int
-    max_positions: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int  # fewer than num_heads: grouped-query attention
-    head_dim: int
-    mlp_size: int
-    activation: str
-    gated_mlp: bool  # SwiGLU: activation(gate) * up
-    norm: str  # "rms" or "layer"
-    norm_eps: float
-    norm_affine: bool
-    rope: dict | None  # None: learned positions
-    qkv_bias: bool
-    out_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    tied_head: bool
-    init_std: float
-
-
-def read_config(hf: PreTrainedConfig) -> ModelConfig:
-    """Translate a Hugging Face config; raises InputError for any feature that this decoder would silently leave out."""
-
-    opt, rope = hf.model_type == "opt", getattr(hf, "rope_parameters", None) or {}
-    activation = hf.activation_function if opt else hf.hidden_act
-    unsupported = {
-        "quantization_config": getattr(hf, "quantization_config", None),
-        f"activation {activation!r}": activation not in ("silu", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh"),
-        "do_layer_norm_before=False": opt and not hf.do_layer_norm_before,
-        "word_embed_proj_dim unlike hidden_size": opt and hf.word_embed_proj_dim != hf.hidden_size,
-        "_remove_final_layer_norm=True": opt and hf._remove_final_layer_norm,
-        f"rope_type={rope.get('rope_type')!r}": rope.get("rope_type", "default") not in ("default", "llama3"),
-        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
-        "sliding-window attention": {*(getattr(hf, "layer_types", None) or ())} - {"full_attention"},
-    }
-    for feature in (feature for feature, present in unsupported.items() if present):
-        raise InputError(f"{hf.model_type} config: {feature} is not supported by model.py; use a checkpoint without it")
-    shared = {
-        "vocab_size": hf.vocab_size,
-        "max_positions": hf.max_position_embeddings,
-        "hidden_size": hf.hidden_size,
-        "num_layers": hf.num_hidden_layers,
-        "num_heads": hf.num_attention_heads,
-        "activation": activation,
-        "tied_head": hf.tie_word_embeddings,
-    }
-    if opt:
-        return ModelConfig(
-            **shared,
-            num_kv_heads=hf.num_attention_heads,
-            head_dim=hf.hidden_size // hf.num_attention_heads,
-            mlp_size=hf.ffn_dim,
-            gated_mlp=False,
-            norm="layer",
-            norm_eps=1e-5,
-            norm_affine=hf.layer_norm_elementwise_affine,
-            rope=None,
-            **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), hf.enable_bias),
-            qk_norm=False,
-            init_std=hf.init_std,
-        )
-    biased = hf.model_type == "qwen2" or hf.attention_bias
-    return ModelConfig(
-        **shared,
-        num_kv_heads=hf.num_key_value_heads,
-        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-        mlp_size=hf.intermediate_size,
-        gated_mlp=True,
-        norm="rms",
-        norm_eps=hf.rms_norm_eps,
-        norm_affine=True,
-        rope={"rope_type": "default"} | rope,
-        qkv_bias=biased,
-        out_bias=biased and hf.model_type != "qwen2",
-        mlp_bias=getattr(hf, "mlp_bias", False),
-        qk_norm=hf.model_type == "qwen3",
-        init_std=hf.initializer_range,
-    )
+    def __init__(self, hf: PreTrainedConfig):
+        opt, rope = hf.model_type == "opt", getattr(hf, "rope_parameters", None) or {}
+        rope_type = rope.get("rope_type", "default")
+        plain = rope_type == "default" or (rope_type == "linear" and rope["factor"] == 1)
+        self.activation = hf.activation_function if opt else hf.hidden_act
+        unsupported = {
+            "quantization_config": getattr(hf, "quantization_config", None),
+            f"activation {self.activation!r}": self.activation not in ACT2FN,
+            "do_layer_norm_before=False": opt and not hf.do_layer_norm_before,
+            "word_embed_proj_dim unlike hidden_size": opt and hf.word_embed_proj_dim != hf.hidden_size,
+            "_remove_final_layer_norm=True": opt and hf._remove_final_layer_norm,
+            f"rope_type={rope_type!r}": not plain and rope_type != "llama3",
+            "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
+            "sliding-window attention": {*(getattr(hf, "layer_types", None) or ())} - {"full_attention"},
+        }
+        for feature in (feature for feature, present in unsupported.items() if present):
+            raise InputError(f"{hf.model_type} config: {feature} is not supported; use a checkpoint without it")
+        self.vocab_size = hf.vocab_size
+        self.max_positions = hf.max_position_embeddings
+        self.hidden_size = hf.hidden_size
+        self.num_layers = hf.num_hidden_layers
+        self.num_heads = hf.num_attention_heads
+        self.num_kv_heads = self.num_heads if opt else hf.num_key_value_heads  # fewer: grouped-query attention
+        self.head_dim = getattr(hf, "head_dim", None) or self.hidden_size // self.num_heads
+        self.mlp_size = hf.ffn_dim if opt else hf.intermediate_size
+        self.gated_mlp = not opt  # SwiGLU: activation(gate) * up
+        self.norm = "layer" if opt else "rms"
+        self.norm_eps = 1e-5 if opt else hf.rms_norm_eps
+        self.norm_affine = hf.layer_norm_elementwise_affine if opt else True
+        self.rope = None if opt else {"rope_type": "default"} | rope  # None: learned positions
+        self.qkv_bias = hf.enable_bias if opt else hf.model_type == "qwen2" or hf.attention_bias
+        self.out_bias = self.qkv_bias and hf.model_type != "qwen2"
+        self.mlp_bias = hf.enable_bias if opt else getattr(hf, "mlp_bias", False)
+        self.qk_norm = hf.model_type == "qwen3"
+        self.tied_head = hf.tie_word_embeddings
+        self.init_std = hf.init_std if opt else hf.initializer_range
 
 
 def make_norm(config: ModelConfig, size: int) -> nn.Module:
@@ -135,7 +91,7 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     rope = config.rope
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     frequency = 1.0 / rope["rope_theta"] ** exponent  # (head_dim / 2,)
-    if rope["rope_type"] == "default":
+    if rope["rope_type"] != "llama3":
         return frequency
     context = rope.get("original_max_position_embeddings") or config.max_positions
     waves = context * frequency / (2 * torch.pi)  # full turns within the original context
@@ -159,9 +115,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.qkv = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
         self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
-        self.qk_norm = config.qk_norm
-        self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
 
     def forward(self, x: Tensor, rope=None, cache=None, positions=None, visible=None) -> Tensor:
         """x: (N, T, d) -> (N, T, d). cache: (2, N, kv_heads, columns, head_dim).
@@ -172,7 +127,7 @@ class Attention(nn.Module):
         (N, T, _), (H, G, _) = x.shape, self.heads
         qkv = self.qkv(x).view(N, T, sum(self.heads), self.head_dim)
         qk, v = qkv.split((H + G, G), dim=2)  # (N, T, heads, head_dim)
-        if self.qk_norm:  # in the precision of its weights, under autocast too
+        if self.q_norm is not None:  # in the precision of its weights, under autocast too
             pairs = zip((self.q_norm, self.k_norm), qk.split((H, G), dim=2), strict=True)
             qk = torch.cat([norm(part.to(norm.weight.dtype)) for norm, part in pairs], dim=2)
         if rope is not None:
@@ -245,7 +200,7 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = False  # True: layers run again in backward, which then keeps one input a layer
         self.files = {}  # name -> content of the files that `save_pretrained` copies: tokenizer, generation_config.json
         self.tokenizer, self.eos_ids = None, []  # filled in by `load`
-        self.config = config = read_config(hf_config)
+        self.config = config = ModelConfig(hf_config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.rope is None:
             self.embed_positions = nn.Embedding(config.max_positions + OPT_OFFSET, config.hidden_size)
@@ -253,8 +208,7 @@ class Decoder(nn.Module):
             self.inv_freq = rope_frequencies(config)  # no buffer: `.to(bfloat16)` would round it
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = make_norm(config, config.hidden_size)
-        tied = config.tied_head
-        self.head = self.embed if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = self.embed if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.value_head = nn.Linear(config.hidden_size, 1)
         self._init_weights()
 
@@ -310,8 +264,7 @@ class Decoder(nn.Module):
 
     def new_cache(self, rows: int, columns: int, skip: Tensor | None = None) -> Tensor:
         """An empty KV cache, (kept layers, 2, rows, kv_heads, columns, head_dim): a skipped layer owns none of it."""
-        config = self.config
-        shape = (len(self.kept_layers(skip)), 2, rows, config.num_kv_heads, columns, config.head_dim)
+        shape = len(self.kept_layers(skip)), 2, rows, self.config.num_kv_heads, columns, self.config.head_dim
         return self.embed.weight.new_zeros(shape, dtype=torch.bfloat16 if self.autocast else None)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -322,6 +275,18 @@ class Decoder(nn.Module):
         """V_phi(s_t), (..., d) -> (...): one linear layer on the last hidden state, in at least fp32."""
         return project(hidden, self.value_head.weight, self.value_head.bias).squeeze(-1)
 
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts, no special ones around them; a control token that is spelled in a text stays text."""
+        with named_in_errors("a problem, as text for the tokenizer,"):
+            return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def encode_chats(self, chats: list[list[tuple[str, str]]], prompt: bool = True) -> list[list[int]]:
+        """Token ids of chats, (role, text) a turn, in the words of the chat template; texts as in `encode`."""
+        with named_in_errors("the chat template (--prompt-style reft goes without)"):
+            turns = [[{"role": role, "content": text} for role, text in chat] for chat in chats]
+            how = {"chat_template": CLOCK + self.tokenizer.get_chat_template(), "add_generation_prompt": prompt}
+            return self.tokenizer.apply_chat_template(turns, **how, sanitize_control_tokens=True, return_dict=False)
+
     @classmethod
     def from_pretrained(cls, source: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> "Decoder":
         """Read a Hugging Face directory or hub id; `value_head.pt` too where there is one, else V_phi = 0."""
@@ -331,30 +296,31 @@ class Decoder(nn.Module):
             raw, _ = PreTrainedConfig.get_config_dict(source)
             if (kind := raw.get("model_type")) not in ("llama", "qwen2", "qwen3", "opt"):
                 raise InputError(f"{source}: unknown architecture {kind!r}; supported: llama, qwen2, qwen3, opt")
-            hf_config = AutoConfig.from_pretrained(source)
-            config = read_config(hf_config)  # refused before the weights are read
+            hf_config = AutoConfig.from_pretrained(source, trust_remote_code=False)  # nor asks on the terminal
+            config = ModelConfig(hf_config)  # refused before the weights are read
             hf_config.eos_token_id = raw.get("eos_token_id")  # transformers fills in a default
         with named_in_errors(f"{where}, model.safetensors or what stands for it"):
             how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below
-            hf, report = AutoModelForCausalLM.from_pretrained(source, **how)
-            found = {name: cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in COPIED}
-            head = cached_file(source, "value_head.pt", _raise_exceptions_for_missing_entries=False)
-        if wrong := {kind: sorted(map(str, names)) for kind, names in report.items() if names}:
-            raise InputError(f"{source}: the weights do not belong to config.json: {str(wrong)[:200]}")
+            hf, report = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **how)
+            names = (*COPIED, "value_head.pt")
+            found = {name: cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in names}
+        trl = any(name.startswith("v_head.") for name in report["unexpected_keys"])  # a critic among the weights
+        report["unexpected_keys"] = {name for name in report["unexpected_keys"] if not name.endswith(IGNORED)}
+        if wrong := {f"{len(names)} {kind}": sorted(map(str, names))[:2] for kind, names in report.items() if names}:
+            raise InputError(f"{source}: the weights do not belong to config.json: {str(wrong)[:400]}")
         with torch.device("meta"):  # no memory and no random numbers for weights that are about to be read
             decoder = cls(hf_config).to(dtype)
         decoder.to_empty(device=device)
+        head = found.pop("value_head.pt")
         decoder.files = {name: Path(file).read_bytes() for name, file in found.items() if file}
         theirs = hf.state_dict()
         for name, view in hf_views(config, decoder.state_dict()).items():
             view.copy_(theirs[name])
         if config.tied_head and not torch.equal(theirs["lm_head.weight"], hf.get_input_embeddings().weight):
-            raise InputError(f"{source}: tie_word_embeddings is true in config.json, but lm_head.weight differs")
-        zeros = {name: torch.zeros(p.shape) for name, p in decoder.value_head.named_parameters()}
-        with named_in_errors(head):
-            decoder.value_head.load_state_dict(
-                torch.load(head, map_location="cpu", weights_only=True) if head else zeros
-            )
+            raise InputError(f"{source}: lm_head.weight is its own; set tie_word_embeddings to false in config.json")
+        folder = Path(cached_file(source, "config.json")).parent
+        among_weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")] if trl else []
+        read_value_head(decoder.value_head, [Path(head)] if head else among_weights)
         if not all(p.isfinite().all() for p in decoder.parameters()):
             raise InputError(f"{source}: a weight is nan or infinite; take an earlier checkpoint")
         return decoder
@@ -371,7 +337,7 @@ class Decoder(nn.Module):
             write_json(Path(folder) / "config.json", read_json(Path(folder) / "config.json") | old)
         for file in Path(folder).glob("*.safetensors"):  # which safetensors lets only their owner read
             file.chmod((Path(folder) / "config.json").stat().st_mode)
-        for name, content in self.files.items():  # byte for byte: older readers fail on a new version
+        for name, content in self.files.items():  # the source's own: older readers fail on a new version
             (Path(folder) / name).write_bytes(content)
         head = {name: weights[f"value_head.{name}"].clone() for name in ("weight", "bias")}
         # not .safetensors: inference servers load every such file of a folder
@@ -382,6 +348,8 @@ COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+IGNORED = ("v_head.summary.weight", "v_head.summary.bias", ".q_scale", ".k_scale", ".v_scale", ".kv_scale")
+LOCAL = ("name_or_path", "tokenizer_file", "special_tokens_map_file", "is_local", "local_files_only")
 NAMES = {  # ours: theirs in Llama, Qwen2 and Qwen3; theirs in OPT. Several: the parts of a fused weight, in this order
     "embed": ("model.embed_tokens", "model.decoder.embed_tokens"),
     "embed_positions": ("", "model.decoder.embed_positions"),
@@ -403,8 +371,8 @@ def hf_views(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tenso
     """Our weights under their Hugging Face names, as views: reading writes into them, saving reads from them."""
     opt, views = config.rope is None, {}
     heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-    rows = {"attention.qkv": [n * config.head_dim for n in heads]}  # of the parts of a fused weight
-    rows["mlp.up"] = [config.mlp_size] * (2 if config.gated_mlp else 1)
+    mlp = [config.mlp_size] * (2 if config.gated_mlp else 1)
+    rows = {"attention.qkv": [n * config.head_dim for n in heads], "mlp.up": mlp}  # of the parts of a fused weight
     for name, weight in weights.items():
         module, kind = name.rsplit(".", 1)  # "layers.3.mlp.up", "weight"
         prefix = ""
@@ -417,10 +385,39 @@ def hf_views(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tenso
     return views
 
 
+def read_value_head(value_head: nn.Linear, files: list[Path]):
+    """V_phi of the file that has one, value_head.pt or what TRL writes; else 0 everywhere."""
+    for parameter in value_head.parameters():
+        nn.init.zeros_(parameter)
+    for file in files:
+        with named_in_errors(file):
+            weights = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+            head = {name.removeprefix("v_head.summary."): weight for name, weight in weights.items()}
+            if "weight" in head:
+                value_head.load_state_dict({name: head[name] for name in ("weight", "bias")})
+
+
+def portable(content: bytes) -> bytes:
+    """A tokenizer_config.json in words that transformers 4 knows and without local paths; the same bytes if it is so."""
+    old = json.loads(content)
+    new = {name: value for name, value in old.items() if name not in LOCAL}
+    if new.get("tokenizer_class") == "TokenizersBackend":
+        new["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(new.get("extra_special_tokens"), list):
+        new["additional_special_tokens"] = new.pop("extra_special_tokens")
+    return content if new == old else json.dumps(new, indent=2).encode()
+
+
 def check_checkpoint(source: str | Path):
     """InputError for a file or folder that is no checkpoint; hub ids pass."""
-    if Path(source).exists() and not (Path(source) / "config.json").exists():
-        raise InputError(f"{source}: not a checkpoint (a folder with config.json)")
+    folder = Path(source)
+    if folder.exists() and not (folder / "config.json").exists():
+        lora = (folder / "adapter_config.json").exists()
+        what = "a LoRA adapter; merge it into its base model first" if lora else "a folder with config.json"
+        raise InputError(f"{source}: not a checkpoint ({what})")
+    for file in folder.glob("*"):
+        if file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(b"version https://git-lfs"):
+            raise InputError(f"{file}: a Git LFS pointer, not the file itself; get it with `git lfs pull`")
 
 
 @contextlib.contextmanager
@@ -444,18 +441,26 @@ def load(source: str | Path, device: str | None, dtype: str | None) -> Decoder:
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     decoder = Decoder.from_pretrained(source, torch.float64 if dtype == "float64" else torch.float32, device)
     decoder.autocast = dtype == "bfloat16"
-    with named_in_errors(f"{source}, tokenizer.json"):
-        decoder.tokenizer = tokenizer = AutoTokenizer.from_pretrained(source)
+    pieces = "tokenizer.model" in decoder.files and "tokenizer.json" not in decoder.files
+    with named_in_errors(f"{source}, tokenizer.{'model, for which sentencepiece is needed' if pieces else 'json'}"):
+        decoder.tokenizer = tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        if "tokenizer_config.json" in decoder.files:
+            decoder.files["tokenizer_config.json"] = portable(decoder.files["tokenizer_config.json"])
     # added tokens may lie beyond the embedding (CodeLlama's <FILL_ME>): few texts hold one
-    if not 1 < tokenizer.vocab_size <= decoder.config.vocab_size:
-        rows = decoder.config.vocab_size
+    rows = decoder.config.vocab_size
+    if not 1 < tokenizer.vocab_size <= rows:
         raise InputError(f"{source}: tokenizer of {tokenizer.vocab_size} tokens, embedding of {rows} rows")
-    generation = json.loads(decoder.files.get("generation_config.json", b"{}"))
-    for ids in (generation.get("eos_token_id"), decoder.hf_config.eos_token_id, tokenizer.eos_token_id):
-        if ids is not None:
-            decoder.eos_ids = list(ids) if isinstance(ids, list) else [ids]
-            return decoder
-    raise InputError(f"{source}: no end-of-sequence token in generation_config.json, config.json or the tokenizer")
+    with named_in_errors(f"{source}, generation_config.json"):
+        generation = json.loads(decoder.files.get("generation_config.json", b"{}"))
+    ids = []
+    for some in (generation.get("eos_token_id"), decoder.hf_config.eos_token_id):
+        ids += some if isinstance(some, list) else [] if some is None else [some]
+    if (not ids or tokenizer.chat_template) and tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    if not ids or not all(type(i) is int and 0 <= i < rows for i in ids):
+        raise InputError(f"{source}: end-of-sequence ids {ids} in its configs; it needs one, and all below {rows}")
+    decoder.eos_ids = list(dict.fromkeys(ids))
+    return decoder
 
 
 def sample_skip(

@@ -273,14 +273,14 @@ def main(config: Config) -> dict:
     """Train, evaluate on the test problems, save; returns what evaluation.json holds."""
     problems = load_problems(config.task, "train", config.data, config.limit, config.engine)
     reference = load(config.model, config.device, config.dtype)  # pi_theta^(0)
-    prompts = encode_prompts(problems, reference, config, config.max_new_tokens)
+    annotated = encode_examples(problems, reference, config) if config.objective == "self-training" else []
+    prompts = encode_prompts(problems, reference, config, config.max_new_tokens, training=not annotated)
     if config.skip_layers == "cheap" and (config.skip_ratio or config.target_kl_behav):
         own = sample(reference, prompts[:MEASURED], seed=config.seed, **config.sampling(reference))
         measure_layers(reference, own.pairs())
     model, num_layers = copy.deepcopy(reference), len(reference.layers)
     level = config.skip_ratio * num_layers  # layers to skip; moves with --target-kl-behav
     sample_skip(num_layers, config.skip_ratio, pool=skip_pool(model, round(level), config))  # refuses none or too many
-    annotated = encode_examples(problems, model, config) if config.objective == "self-training" else []
     run = Run("rl", config, model, fingerprint(problems, reference), config.steps, level=level)
     freeze(reference)
 

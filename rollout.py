@@ -254,38 +254,50 @@ def turn_end(model: Decoder) -> int | None:
     """
     if not model.tokenizer.chat_template:
         return None
-    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
-    text = model.tokenizer.apply_chat_template(turns, tokenize=False)
-    ids = model.tokenizer(text, add_special_tokens=False).input_ids
+    (ids,) = model.encode_chats([[("user", "1 + 1?"), ("assistant", "2")]], prompt=False)
     return next((token for token in reversed(ids) if token in model.eos_ids), None)
 
 
 def is_chat(model: Decoder, config: "SharedConfig") -> bool:
     """Whether prompts are a chat: --prompt-style, where it is "auto" what the checkpoint was trained on."""
-    if config.prompt_style == "chat" and not model.tokenizer.chat_template:
-        raise InputError("--prompt-style is chat, but the tokenizer has no chat template; take auto or reft")
-    return config.prompt_style == "chat" or (config.prompt_style == "auto" and turn_end(model) is not None)
+    chat = config.prompt_style != "reft" and turn_end(model) is not None
+    if config.prompt_style == "chat" and not chat:
+        raise InputError("--prompt-style is chat, but no chat template ends answers with an EOS of --model; take reft")
+    return chat
 
 
-def encode_prompts(problems: list[Problem], model: Decoder, config: "SharedConfig", room: int) -> list[list[int]]:
+def encode_prompts(problems: list[Problem], model: Decoder, config: "SharedConfig", room, training=False) -> list:
     """Token ids of every prompt, in the style that `is_chat` finds, with the special tokens that belong in front.
 
-    InputError names the first problem that does not leave `room` for a completion in the context.
+    What leaves no `room` for a completion in the context is no prompt: see `check_fit`.
     """
     if is_chat(model, config):
-        system = {"role": "system", "content": SYSTEM_PROMPTS[config.engine]}
-        chats = [[system, {"role": "user", "content": problem.question}] for problem in problems]
-        texts = model.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-        prompts = model.tokenizer(texts, add_special_tokens=False).input_ids  # the template writes BOS itself
+        system = SYSTEM_PROMPTS[config.engine]
+        try:
+            prompts = model.encode_chats([[("system", system), ("user", problem.question)] for problem in problems])
+        except InputError:  # a template without that role
+            prompts = model.encode_chats([[("user", f"{system}\n\n{problem.question}")] for problem in problems])
     else:
-        prompts = model.tokenizer([make_prompt(problem) for problem in problems]).input_ids
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt) + room > model.config.max_positions or max(prompt) >= model.config.vocab_size:
-            raise InputError(
-                f"problem {number} ({problems[number - 1].question[:40]!r}...) has {len(prompt)} tokens: with {room} new "
-                f"ones too many for the model's context of {model.config.max_positions}, or one is not in its embedding"
-            )
+        ids = model.tokenizer("x").input_ids
+        front = ids[: ids.index(model.encode(["x"])[0][0])]  # BOS, but no EOS behind, which some tokenizers add too
+        prompts = [front + ids for ids in model.encode([make_prompt(problem) for problem in problems])]
+    check_fit(prompts, model, room, training, problems, prompts)
     return prompts
+
+
+def check_fit(rows: list[list[int]], model: Decoder, room: int, training: bool, problems: list[Problem], others: list):
+    """InputError for rows that exceed context or embedding; few of training are taken out of `problems` and `others`."""
+    most, known = model.config.max_positions, model.config.vocab_size
+    bad = [n for n, row in enumerate(rows) if len(row) + room > most or max(row) >= known]
+    new = f" with --max-new-tokens {room}" if room else ""
+    what = f"exceed the model's context of {most} tokens{new}, or its embedding"
+    if bad and not (training and len(bad) < 0.01 * len(rows)):
+        first = f"problem {bad[0] + 1} ({problems[bad[0]].question[:40]!r}...) of {len(rows[bad[0]])} tokens"
+        raise InputError(f"{len(bad)} of {len(rows)} problems {what}; the first is {first}")
+    if bad:
+        print(f"left out: {len(bad)} of {len(rows)} problems {what}")
+    for n in reversed(bad):
+        del problems[n], others[n]
 
 
 # ---- grades ---------------------------------------------------------------------------------------------------------
@@ -305,7 +317,9 @@ OUTCOMES = ("right", "wrong", "no_answer", "cut", "error", "timeout", "killed") 
 
 def grade(rollout: Rollout, problems: list[Problem], model: Decoder, config: "SharedConfig") -> Grades:
     """Rewards, eq. (3), of completions in words or of programs. One that was cut has no answer: reward 0."""
-    texts = model.tokenizer.batch_decode([ids for _, ids in rollout.pairs()], skip_special_tokens=True)
+    known, mark = len(model.tokenizer), model.eos_ids[0]  # stands for ids without a token, which decoding would drop
+    rows = [ids[:-1] if ids[-1] in model.eos_ids else ids for _, ids in rollout.pairs()]
+    texts = model.tokenizer.batch_decode([[i if i < known else mark for i in row] for row in rows])
     num_samples = len(texts) // len(problems)
     finished = rollout.finished.tolist()
     if config.engine == "python":

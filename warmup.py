@@ -17,7 +17,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from evaluate import draw_curves, evaluate, make_folder
 from model import Decoder, load, named_in_errors, nested_kl, peak_memory, sample_skip, write_json
 from model import gather, gathered, rank, shard, total, whole, world_size  # several processes
-from reward import TOY_STEPS, InputError, Problem, load_problems, make_prompt, make_target
-from rollout import MEASURED, NestedConfig, SharedConfig, encode_prompts, flag, is_chat, measure_layers
+from reward import ANSWER_LINE, TOY_STEPS, InputError, Problem, load_problems, make_prompt, make_target
+from rollout import MEASURED, NestedConfig, SharedConfig, check_fit, encode_prompts, flag, is_chat, measure_layers
 from rollout import run_script, skip_pool, token_logp, turn_end
 
 TOY = {"batch": 32, "lr": 4e-3, "beta2": 0.95, "weight_decay": 0.1, "layer_dropout": 0.5, "epochs": 0.9}
@@ -147,17 +147,16 @@ def toy_model(config: Config, problems: list[Problem]) -> Decoder:
 
 def encode_examples(problems: list[Problem], model: Decoder, config: SharedConfig) -> list[tuple[list[int], list[int]]]:
     """Token ids of (prompt, completion with EOS) of every problem; in a chat the EOS is the one that ends a turn."""
-    prompts = encode_prompts(problems, model, config, room=0)
-    texts = [make_target(problem, config.engine) for problem in problems]
-    targets = model.tokenizer(texts, add_special_tokens=False).input_ids
-    chat_end = turn_end(model) if is_chat(model, config) else None
-    eos_id = model.eos_ids[0] if chat_end is None else chat_end
-    for number, (prompt, target) in enumerate(zip(prompts, targets, strict=True), 1):
-        length, limits = len(prompt) + len(target) + 1, model.config
-        if length > limits.max_positions or max(target, default=0) >= limits.vocab_size:
-            why = "too many for the model's context, or one is not in its embedding"
-            raise InputError(f"training problem {number} has {length} tokens: {why}")
-    return [(prompt, [*target, eos_id]) for prompt, target in zip(prompts, targets, strict=True)]
+    prompts = encode_prompts(problems, model, config, room=0, training=True)
+    chat, targets = is_chat(model, config), problems
+    if chat and config.engine == "nl":  # as the system prompt asks
+        bare = (replace(problem, cot=problem.cot.partition(ANSWER_LINE)[0]) for problem in problems)
+        targets = [replace(problem, answer=f"\\boxed{{{problem.answer}}}") for problem in bare]
+    targets = model.encode([make_target(problem, config.engine) for problem in targets])
+    eos_id = turn_end(model) if chat else model.eos_ids[0]
+    examples = [(prompt, [*target, eos_id]) for prompt, target in zip(prompts, targets, strict=True)]
+    check_fit([prompt + target for prompt, target in examples], model, 0, True, problems, examples)
+    return examples
 
 
 def collate(examples: list[tuple[list[int], list[int]]], device) -> tuple[Tensor, Tensor, Tensor]:

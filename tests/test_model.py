@@ -279,9 +279,13 @@ def test_missing_misshapen_and_foreign_weights_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("generation", "config", "expected"), [([5, 6], 7, [5, 6]), (None, 7, [7]), (None, None, [1])], ids=str
+    ("generation", "config", "expected"),
+    [([5, 6], 7, [5, 6, 7]), (None, [7, 7], [7]), ([], None, [1]), (None, None, [1])],
+    ids=str,
 )
-def test_eos_comes_from_generation_config_then_config_then_tokenizer(generation, config, expected, toy_run, tmp_path):
+def test_eos_ids_of_both_configs_are_one_set_else_the_tokenizer_has_one(
+    generation, config, expected, toy_run, tmp_path
+):
     folder = shutil.copytree(toy_run, tmp_path / "run")
     for file, eos in (("generation_config.json", generation), ("config.json", config)):
         text = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
@@ -300,3 +304,119 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(toy_run, tmp_path):
         shutil.copy(toy_run / file, tmp_path)
     with pytest.raises(InputError, match="tokenizer"):
         load(tmp_path, None, None)
+
+
+def with_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+CRITIC = {"v_head.summary.weight": torch.ones(1, 32), "v_head.summary.bias": torch.ones(1)}
+SCALES = {f"model.layers.0.self_attn.{name}": torch.ones(1) for name in ("k_scale", "v_scale", "k_proj.k_scale")}
+QUIRKS = {  # what is done to the weights, to the config, and beside them
+    "another name of silu": ({}, {"hidden_act": "swish"}, None),
+    "a rope that stretches by 1": (
+        {},
+        {"rope_scaling": {"rope_type": "linear", "factor": 1.0, "rope_theta": 1e6}},
+        None,
+    ),
+    "scales of a quantized cache": (SCALES, {}, None),
+    "a whole file beside a stale index": ({}, {}, ("model.safetensors.index.json", '{"weight_map": {"a": "gone"}}')),
+    "the value head of TRL": (CRITIC, {}, None),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quirk", QUIRKS)
+def test_checkpoints_that_transformers_opens_are_read(quirk, tmp_path):
+    more, config, file = QUIRKS[quirk]
+    broken_checkpoint(tmp_path, lambda weights: weights.update(more))
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path)(tokens_of()).logits
+    with_config(tmp_path, **config)
+    if file:
+        (tmp_path / file[0]).write_text(file[1])
+    decoder = Decoder.from_pretrained(tmp_path)
+    assert (decoder.logits(decoder(tokens_of())) - expected).abs().max() < 1e-4
+    assert decoder.values(torch.ones(32)) == (33 if more is CRITIC else 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen2", "opt"])
+def test_a_tied_checkpoint_may_hold_the_head_alone(family, tmp_path):
+    hf = random_hf_model(family)
+    hf.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop(next(name for name in weights if "embed_tokens" in name))
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    decoder = Decoder.from_pretrained(tmp_path)
+    assert (decoder.logits(decoder(tokens_of())) - hf(tokens_of()).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_weights_are_named_as_they_are_in_the_file(prefix, tmp_path):
+    def rename(weights):
+        for name in list(weights):
+            weights[prefix + name] = weights.pop(name)
+
+    with pytest.raises(InputError, match=f"unexpected.*'{prefix}lm_head.weight'"):
+        Decoder.from_pretrained(broken_checkpoint(tmp_path, rename))
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"])
+def test_a_git_lfs_pointer_is_named_as_one(file, toy_run, tmp_path):
+    folder = shutil.copytree(toy_run, tmp_path / "run")
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(InputError, match=f"{file}: a Git LFS pointer"):
+        load(folder, None, None)
+
+
+def test_an_adapter_is_to_be_merged_first(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="LoRA adapter; merge"):
+        load(tmp_path, None, None)
+
+
+def test_a_tokenizer_of_pieces_names_the_package_that_it_needs(toy_run, tmp_path):
+    folder = shutil.copytree(toy_run, tmp_path / "run")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    with pytest.raises(InputError, match=r"tokenizer\.model, .*sentencepiece"):
+        load(folder, None, None)
+
+
+def test_code_of_a_checkpoint_is_refused_without_a_question_on_the_terminal(toy_run, tmp_path, monkeypatch):
+    folder = shutil.copytree(toy_run, tmp_path / "run")
+    code = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(code))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "n")
+    with pytest.raises(InputError, match="tokenizer"):
+        load(folder, None, None)
+    assert not asked
+
+
+@pytest.mark.parametrize("ids", [400, -1, [1, 400], "1", {}, [None], 1.5, True], ids=str)
+def test_eos_ids_that_are_no_ids_of_the_embedding_are_refused(ids, toy_run, tmp_path):
+    folder = shutil.copytree(toy_run, tmp_path / "run")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(InputError, match="end-of-sequence"):
+        load(folder, None, None)
+
+
+def test_a_broken_generation_config_is_named(toy_run, tmp_path):
+    folder = shutil.copytree(toy_run, tmp_path / "run")
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"generation_config\.json: cannot be read"):
+        load(folder, None, None)
+
+
+def test_what_is_saved_tells_no_local_path_and_speaks_as_transformers_4(toy_run, tmp_path):
+    folder = shutil.copytree(toy_run, tmp_path / "source")
+    file, marks = folder / "tokenizer_config.json", {"pad_token": "<pad>", "eos_token": "<eos>"}
+    local = {"name_or_path": str(folder), "is_local": True, "local_files_only": False}
+    newer = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<pad>"]}
+    file.write_text(json.dumps(marks | local | newer))
+    load(folder, None, None).save_pretrained(tmp_path / "run")
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<pad>"]}
+    assert json.loads((tmp_path / "run" / file.name).read_text()) == marks | kind
+    assert not any(str(tmp_path) in file.read_text() for file in (tmp_path / "run").glob("*.json"))

@@ -5,11 +5,13 @@ import contextlib
 import pytest
 import torch
 from families import CONFIGS, random_hf_model
+from tokenizers import processors
 
 from model import Decoder, load, nested_kl, sample_skip
 from reward import InputError, Problem, load_problems
 from rollout import (
     LOOK_EVERY,
+    SYSTEM_PROMPTS,
     Config,
     NestedConfig,
     Rollout,
@@ -368,3 +370,82 @@ def test_the_script_prints_completions_of_both_models_and_what_skipping_does(toy
     for name, (grades, speed, kl) in results.items():
         accuracy = grades.outcomes.count("right") / 6
         assert f"{name}: accuracy {accuracy:.3f}, {speed:,.0f} tokens/s, KL({name}||pi) {kl:.4f} per token\n" in out
+
+
+# ---- prompts --------------------------------------------------------------------------------------------------------
+
+TURNS = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+
+
+def prompt_of(folder, template=None, question="1 + 1?", style="auto"):
+    """One prompt as text, in the words of a chat template."""
+    model = load(folder, None, None)
+    model.tokenizer.chat_template = template
+    (prompt,) = encode_prompts([Problem(question, "2", "2")], model, SharedConfig(prompt_style=style), 0)
+    return model.tokenizer.decode(prompt)
+
+
+def test_a_template_without_a_system_role_has_that_text_in_front_of_the_question(toy_run):
+    system = SYSTEM_PROMPTS["nl"]
+    assert prompt_of(toy_run, TURNS) == f"{system}<eos>1 + 1?<eos>"
+    assert prompt_of(toy_run, NO_SYSTEM + TURNS) == f"{system}\n\n1 + 1?<eos>"
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_tomorrow(toy_run):
+    clock = (
+        "{% macro day() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ strftime_now('%H:%M:%S.%f') }} {{ day() }} "
+    )
+    assert prompt_of(toy_run, clock + TURNS).startswith("26 Jul 2024 26 Jul 2024 Please")
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ a.b.c }}", "{{ raise_exception('no') }}", {"tool_use": TURNS}])
+def test_a_template_that_fails_is_one_line_and_refts_prompt_does_without(template, toy_run):
+    with pytest.raises(InputError, match=r"the chat template .*--prompt-style reft"):
+        prompt_of(toy_run, template)
+    assert prompt_of(toy_run, template, style="reft").startswith("Question:")
+
+
+@pytest.mark.parametrize("template", [None, TURNS.replace("<eos>", "<pad>")])
+def test_a_chat_in_which_no_answer_could_end_is_refused_and_is_no_chat_by_itself(template, toy_run):
+    with pytest.raises(InputError, match="--prompt-style is chat"):
+        prompt_of(toy_run, template, style="chat")
+    assert prompt_of(toy_run, template).startswith("Question:")
+
+
+def test_what_a_tokenizer_adds_stays_in_front_of_a_prompt_and_not_behind(toy_run):
+    model = load(toy_run, None, None)
+    both = processors.TemplateProcessing("<pad> $A <eos>", special_tokens=[("<pad>", 0), ("<eos>", 1)])
+    model.tokenizer.backend_tokenizer.post_processor = both
+    (prompt,) = encode_prompts([Problem("1 + 1?", "2", "2")], model, SharedConfig(), 0)
+    assert model.tokenizer.decode(prompt) == "<pad>Question:\n1 + 1?\nAnswer reasoning:\n"
+
+
+@pytest.mark.parametrize("template", [None, TURNS])
+def test_half_a_character_in_a_question_is_one_line(template, toy_run):
+    with pytest.raises(InputError):
+        prompt_of(toy_run, template, question="How \ud800 many?")
+
+
+def test_few_long_training_problems_are_left_out_and_counted_and_no_test_problem_is(toy_run, capsys):
+    def problems(long, count):
+        return [Problem("How many? " * (100 if i < long else 1), f"c{i}", str(i)) for i in range(count)]
+
+    model, some = load(toy_run, None, None), problems(1, 101)
+    prompts = encode_prompts(some, model, SharedConfig(), 8, training=True)
+    assert len(prompts) == len(some) == 100 and some[0].answer == "1"
+    assert "1 of 101 problems" in capsys.readouterr().out
+    for count, training in ((100, True), (101, False)):
+        with pytest.raises(InputError, match=r"1 of .*context of 256.*--max-new-tokens 8.*problem 1 .*How many"):
+            encode_prompts(problems(1, count), model, SharedConfig(), 8, training=training)
+
+
+@pytest.mark.parametrize("between", [0, 405], ids=["a control token", "an id without a token"])
+def test_what_is_sampled_in_the_midst_of_an_answer_is_not_dropped(between, toy_run):
+    model = load(toy_run, None, None)
+    ids = [*model.tokenizer("The answer is: 1").input_ids, between, *model.tokenizer("8").input_ids, 1]
+    tokens = torch.tensor([[5, *ids]])
+    ends = torch.tensor([tokens.shape[1]])
+    rollout = Rollout(tokens, torch.ones_like(ends), ends, None, None, torch.tensor([True]), None)
+    grades = grade(rollout, [Problem("q", "", "18")], model, SharedConfig())
+    assert grades.rewards[0] < 1 and "18" not in grades.texts[0] and not grades.texts[0].endswith("<eos>")

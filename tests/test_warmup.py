@@ -10,7 +10,7 @@ import rl
 import warmup
 from evaluate import read_metrics
 from model import load
-from reward import InputError, load_problems
+from reward import InputError, Problem, load_problems, score
 from rollout import token_logp
 from warmup import Run, batch_indices, collate, encode_examples, micro_batches
 
@@ -47,6 +47,29 @@ def test_the_loss_counts_the_completion_with_eos_and_nothing_else(toy_run, tmp_p
         losses.append(-row_logp.sum())
         assert len(row_logp) == int(mask[row].sum())
     assert sum(losses) / mask.sum() == pytest.approx(expected.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("cot", "target"),
+    [
+        ("1 + 1 = 2", "1 + 1 = 2\nTherefore, the answer is: \\boxed{2}"),
+        ("1 + 1 = 2\nTherefore, the answer is: 2", "1 + 1 = 2\nTherefore, the answer is: \\boxed{2}"),
+        ("It is \\boxed{2}.", "It is \\boxed{2}."),
+    ],
+)
+def test_in_a_chat_the_answer_of_a_target_is_boxed(cot, target, toy_run):
+    model = load(toy_run, None, None)
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
+    for engine, expected in (("nl", target), ("python", cot)):
+        ((_, ids),) = encode_examples([Problem("1 + 1?", cot, "2")], model, warmup.Config(engine=engine))
+        assert model.tokenizer.decode(ids) == expected + "<eos>"
+    assert score(target, "2", "gsm8k") == 1
+
+
+def test_few_targets_that_do_not_fit_are_left_out(toy_run):
+    problems = [Problem("1 + 1?", "1 " * (300 if i == 3 else 1), str(i)) for i in range(150)]
+    examples = encode_examples(problems, load(toy_run, None, None), warmup.Config())
+    assert len(examples) == len(problems) == 149 and "3" not in {problem.answer for problem in problems}
 
 
 def test_micro_batch_size_does_not_change_the_training(tmp_path):
