@@ -11,30 +11,28 @@ import os
 import statistics
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from model import Decoder, check_checkpoint, load, named_in_errors, rank, read_json, write_json
-from reward import TASKS, InputError, Problem, load_problems, make_target
-from rollout import SharedConfig, encode_prompts, flag, grade, prompt_seeds, run_script, sample
+from model import Decoder, load, named_in_errors, rank, read_json, write_json
+from reward import InputError, Problem, load_problems, make_target
+from rollout import OUTCOMES, Grades, SharedConfig, encode_prompts, flag, grade, prompt_seeds, run_script, sample
 
 
 @dataclass
 class Flags(SharedConfig):
     """Flags of evaluate.py."""
 
-    out: str = flag("runs", "folder of study.json and study.png, where runs make groups")
-    task: Literal[TASKS] | None = flag(None, "default: the one that the run was trained on, else toy")
-    engine: Literal["nl", "python"] | None = flag(None, "default: the one that the run was trained with, else nl")
-    prompt_style: Literal["auto", "reft", "chat"] | None = flag(None, "default: as the run was trained, else auto")
+    out: str = flag("runs", "folder of study.json and study.png, and of models whose own folder is no run")
     samples: int = flag(0, "also sample so many completions a problem at temperature 1, for maj@k and pass@k")
     keep_correct: str | None = flag(None, "FILE: write right completions of the training problems to it instead")
-    data: str | None = flag(None, "training problems of --keep-correct (default: the usual ones of the task)")
+    data: str | None = flag(None, "training problems of --keep-correct (default: those of the run)")
+    limit: int | None = flag(None, "use only the first so many of them")
     seed: int = flag(0, "seed of those samples")
 
 
@@ -48,61 +46,70 @@ class Config(Flags):
         super().__post_init__()
         if self.keep_correct is not None and (len(self.runs) > 1 or self.samples < 1):
             raise InputError("--keep-correct FILE takes one run and --samples of 1 or more")
-        if self.data and self.keep_correct and Path(self.data).resolve() == Path(self.keep_correct).resolve():
-            raise InputError(f"--keep-correct is {self.keep_correct}, it must be another file than --data")
+        if self.keep_correct is None and (self.limit or self.data):
+            raise InputError("--limit and --data are for --keep-correct; here take --test-limit and --test-data")
 
 
 def main(config: Config) -> list[dict]:
     """Evaluate every run, write its evaluation.json, print one table; compare groups of runs."""
-    for run in config.runs:
-        check_checkpoint(run)  # a wrong name is refused now, not after an hour
-    out, results = make_folder(config.out), []
-    for run in config.runs:
-        one = as_trained(config, run)
-        model = load(run, one.device, one.dtype)
-        if one.keep_correct is not None:
-            return [keep_correct(model, one)]
-        problems = load_problems(one.task, "test", one.test_data, one.limit, one.engine)
-        results.append(evaluate(model, problems, one, one.samples, one.seed))
-        if Path(run).is_dir() and rank() == 0:
-            write_json(Path(run) / "evaluation.json", results[-1])
+    flags, places, results = [replace(config) for _ in config.runs], [config.out], []
+    for run, one in zip(config.runs, flags, strict=True):
+        one.as_trained(run)  # refuses a wrong name now, not after an hour
+        ours = (Path(run) / "run.json").exists() and os.access(run, os.W_OK)  # no other model's folder is written to
+        places.append(run if ours else Path(config.out) / f"evaluation-{run.strip('./').replace('/', '-')}")
+    if config.keep_correct is not None:
+        return [keep_correct(load(run, one.device, one.dtype), one)]
+    out, *places = map(make_folder, places)
+    for run, one, place in zip(config.runs, flags, places, strict=True):
+        problems = load_problems(one.task, "test", one.test_data, one.test_limit, one.engine)
+        results.append(evaluate(load(run, one.device, one.dtype), problems, one, one.samples, one.seed, place))
     if rank() == 0:
         print_table([{"run": run, **result} for run, result in zip(config.runs, results, strict=True)])
         compare_groups(out, config.runs, results)
     return results
 
 
-def as_trained(config: Config, run: str) -> Config:
-    """The flags with which a run is evaluated: those that were not given are the ones it was trained with."""
-    trained = read_json(Path(run) / "run.json") if (Path(run) / "run.json").exists() else {}
-    defaults = {"task": "toy", "engine": "nl", "prompt_style": "auto"}
-    if config.task in (None, trained.get("task")):  # another task has other test problems and lengths
-        defaults |= {"test_data": None, "max_new_tokens": None}
-    flags = {name: getattr(config, name) or trained.get(name, default) for name, default in defaults.items()}
-    return replace(config, **flags)
-
-
-def evaluate(model: Decoder, problems: list[Problem], config: SharedConfig, samples: int = 0, seed: int = 0) -> dict:
-    """What evaluation.json holds: greedy accuracy of the full model and, from `samples` completions, maj@k and pass@k."""
+def evaluate(model: Decoder, problems: list[Problem], config: SharedConfig, samples=0, seed=0, out=None) -> dict:
+    """Greedy accuracy, maj@k and pass@k from `samples` completions. out: for them and for a line a completion."""
     prompts, sampling = encode_prompts(problems, model, config, config.max_new_tokens), config.sampling(model)
     rollout = sample(model, prompts, temperature=0, **sampling)
-    right = int((grade(rollout, problems, model, config).rewards == 1).sum())
+    grades = grade(rollout, problems, model, config)
+    shares = {name: grades.outcomes.count(name) / len(problems) for name in OUTCOMES}
     result = {
         "task": config.task,
         "problems": len(problems),
-        "greedy_accuracy": right / len(problems),
-        "greedy_interval": wilson(right, len(problems)),
+        "greedy_accuracy": shares["right"],
+        "greedy_interval": wilson(grades.outcomes.count("right"), len(problems)),
         "greedy_length": (rollout.lengths - rollout.prompt_lens).double().mean().item(),
+        "greedy_outcomes": {name: share for name, share in shares.items() if share},
     }
+    lines = list(readable(problems, grades, 0))
     if samples:
         grades = grade(sample(model, prompts, num_samples=samples, seed=seed, **sampling), problems, model, config)
-        right = (grades.rewards == 1).tolist()
+        lines += readable(problems, grades, 1)
+        right = [outcome == "right" for outcome in grades.outcomes]
         spans = [slice(i, i + samples) for i in range(0, len(right), samples)]  # the samples of each problem
         of_problem = [(grades.answers[span], right[span]) for span in spans]
         for k in sorted({2**i for i in range(samples.bit_length())} | {samples}):  # 1, 2, 4, ... and all
-            result[f"maj@{k}"] = sum(majority_is_right(a[:k], r[:k]) for a, r in of_problem) / len(of_problem)
+            blocks = range(0, samples - k + 1, k)  # each of them votes: maj@1 is pass@1
+            votes = [majority_is_right(a[i : i + k], r[i : i + k]) for a, r in of_problem for i in blocks]
+            result[f"maj@{k}"] = sum(votes) / len(votes)
             result[f"pass@{k}"] = sum(pass_at_k(samples, sum(r), k) for _, r in of_problem) / len(of_problem)
+    if out is not None and rank() == 0:
+        try:
+            (Path(out) / "evaluation.jsonl").write_text("\n".join([*map(json.dumps, lines), ""]))
+            write_json(Path(out) / "evaluation.json", result)
+        except OSError as error:  # the numbers are not lost with it
+            print(f"warning: {out}: the evaluation cannot be written ({error.strerror})")
     return result
+
+
+def readable(problems: list[Problem], grades: Grades, temperature: int) -> Iterator[dict]:
+    """A line of evaluation.jsonl for each completion."""
+    for n, (text, answer, outcome) in enumerate(zip(*grades[:3], strict=True)):
+        problem = problems[n * len(problems) // len(grades.texts)]
+        of_problem = {"question": problem.question, "gold": problem.answer, "temperature": temperature}
+        yield of_problem | {"completion": text, "answer": answer, "outcome": outcome}
 
 
 def majority_is_right(answers: list[str | None], right: list[bool]) -> bool:
@@ -128,6 +135,8 @@ def keep_correct(model: Decoder, config: Config) -> dict[str, int]:
 
     Equal ones are kept once, and only what warm-up would learn as it stands: a box, ReFT's last line, or a program.
     """
+    if config.data and Path(config.data).resolve() == Path(config.keep_correct).resolve():
+        raise InputError(f"--keep-correct is {config.keep_correct}, it must be another file than --data")
     problems = load_problems(config.task, "train", config.data, config.limit, config.engine)
     prompts, sampling = encode_prompts(problems, model, config, config.max_new_tokens), config.sampling(model)
     seeds, size = prompt_seeds(config.seed, len(problems)), max(1, config.max_rows // config.samples)
@@ -152,24 +161,28 @@ def keep_correct(model: Decoder, config: Config) -> dict[str, int]:
 
 # ---- groups of runs -------------------------------------------------------------------------------------------------
 
-NOT_A_SETTING = {"seed", "out", "model", "resume", "device", "save_every", "eval_every", "micro_batch", "max_rows"}
+# they change nothing beyond rounding: a run may be resumed with other values of them
+FREE = {"out", "model", "resume", "device", "save_every", "eval_every", "micro_batch", "max_rows"}
+FREE |= {"gradient_checkpointing", "unsafe_exec"}
 
 
 def read_metrics(run: str | Path) -> list[dict]:
     """The records of a run's metrics.jsonl; none where there is no such file."""
     file = Path(run) / "metrics.jsonl"
     with named_in_errors(file):
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be half written
 
 
 def settings(run: str | Path) -> dict[str, str]:
     """The flags in run.json and, as "warm-up ...", those of the run that it started from."""
     file = Path(run) / "run.json"
     flags = read_json(file) if file.exists() else {}
-    before = Path(flags.get("model") or "") / "run.json"
-    warm_up = read_json(before) if flags.get("model") and before.exists() else {"from": flags.get("model", str(run))}
-    flags |= {f"warm-up {name}": value for name, value in warm_up.items() if name not in NOT_A_SETTING - {"model"}}
-    return {name: str(value) for name, value in flags.items() if name not in NOT_A_SETTING}
+    folders = [Path(), *Path(run).resolve().parents] if flags.get("model") else []  # wherever evaluate.py is started
+    files = [file for folder in folders if (file := folder / flags["model"] / "run.json").exists()]
+    warm_up = read_json(files[0]) if files else {"from": flags.get("model", str(run))}
+    flags |= {f"warm-up {name}": value for name, value in warm_up.items() if name not in FREE - {"model"} | {"seed"}}
+    return {name: str(value) for name, value in flags.items() if name not in FREE | {"seed"}}
 
 
 def compare_groups(out: Path, runs: tuple[str, ...], results: list[dict]):
@@ -208,6 +221,8 @@ def print_table(rows: list[dict]):
             known = [x for x in value if x is not None]
             deviation = f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""
             return f"{statistics.mean(known):.3f}{deviation} ({len(known)})" if known else "-"
+        if isinstance(value, dict):
+            return ", ".join(f"{name} {cell(share)}" for name, share in value.items())
         if isinstance(value, tuple):
             return "-".join(map(cell, value))
         return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -81,9 +81,9 @@ class Config(TrainConfig):
     value_coef: float | None = flag(None, "alpha of eq. (11) (toy: 0.1, else 5)")
 
     def __post_init__(self):
+        super().__post_init__()
         programs = {"kl_coef": 0.01} if self.engine == "python" else {}
         self.fill_in(TOY if self.task in TOY_STEPS else PRETRAINED | programs)
-        super().__post_init__()
         if self.advantage == "group":
             self.gamma = self.lam = 1.0  # every token gets the whole reward of its completion
         if self.advantage == "group" or self.objective == "self-training":
@@ -93,8 +93,6 @@ class Config(TrainConfig):
             raise InputError(f"--samples is {self.samples}, {rule}")
         if Path(self.out).resolve() == Path(self.model).resolve():
             raise InputError(f"--out is {self.out}, it must be another folder than --model")
-        if self.model == "runs/warmup" and not Path(self.model).exists():
-            raise InputError("runs/warmup does not exist: run `python warmup.py` first, or name a model with --model")
 
 
 # ---- the equations, in the order of the papers ----------------------------------------------------------------------
@@ -281,7 +279,7 @@ def main(config: Config) -> dict:
     model, num_layers = copy.deepcopy(reference), len(reference.layers)
     level = config.skip_ratio * num_layers  # layers to skip; moves with --target-kl-behav
     sample_skip(num_layers, config.skip_ratio, pool=skip_pool(model, round(level), config))  # refuses none or too many
-    run = Run("rl", config, model, fingerprint(problems, reference), config.steps, level=level)
+    run = Run("rl", config, model, fingerprint(problems, [prompts, annotated], reference), config.steps, level=level)
     freeze(reference)
 
     for step in run.steps():
@@ -334,7 +332,7 @@ def main(config: Config) -> dict:
 
         # 7. records
         numbers = {
-            **outcome_shares(rollout, grades),
+            **outcome_shares(rollout, grades, config.samples),
             "kl_ref": masked_mean(kl_ref, mask).item(),  # of log pi_old - log pi_ref: how far from the warm-up model
             **mismatch(logp_old, logp_behav, mask, config.cap, reward),
             "explained_variance": explained_variance(values_old, returns, mask),
@@ -371,13 +369,15 @@ def freeze(reference: Decoder):
 # ---- what is logged -------------------------------------------------------------------------------------------------
 
 
-def outcome_shares(rollout: Rollout, grades: Grades) -> dict[str, float]:
+def outcome_shares(rollout: Rollout, grades: Grades, samples: int) -> dict[str, float]:
     """What became of the completions of a batch: means and shares over them, not over tokens."""
     shares = {outcome: grades.outcomes.count(outcome) / len(grades.outcomes) for outcome in OUTCOMES}
+    groups = grades.rewards.view(-1, samples)  # (questions, samples)
     return {
         "reward": grades.rewards.mean().item(),
         "accuracy": shares.pop("right"),  # of mu's samples; greedy_accuracy (--eval-every) is that of the full model
         "length": (rollout.lengths - rollout.prompt_lens).double().mean().item(),  # sampled tokens, EOS included
+        "equal_rewards": (groups == groups[:, :1]).all(1).double().mean().item(),  # of questions: no group advantage
         **shares,  # cut: no EOS within --max-new-tokens, see OUTCOMES for the others
     }
 
@@ -438,9 +438,9 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(R - V) / Var(R): 1 is a perfect critic, 0 one that knows nothing but the mean."""
+    """1 - Var(R - V) / Var(R): 1 is a perfect critic, 0 one that knows nothing but the mean; nan where all R are equal."""
     residual, target = (returns - values)[mask], returns[mask]
-    return (1 - residual.var() / target.var().clamp(min=1e-12)).item()
+    return (1 - residual.var() / target.var()).item() if target.var() > 1e-12 else math.nan
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -24,7 +25,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import HfArgumentParser
 
-from model import Decoder, gather, gathered, load, nested_kl, process_group, rank, sample_skip, total, world_size
+from model import Decoder, check_checkpoint, gather, gathered, load, nested_kl, process_group, rank, read_json
+from model import sample_skip, total, world_size
 from reward import TASKS, TOY_STEPS, InputError, Problem, extract_answer, load_problems, make_prompt, score
 from sandbox import execute, score_result
 
@@ -352,7 +354,8 @@ def flag(default, text: str):
 
 
 RANGES = (  # low, high, and the flags of any script whose numbers must lie between them
-    (1, math.inf, "limit max_new_tokens max_rows micro_batch steps batch rollout_batch ppo_epochs minibatch"),
+    (1, math.inf, "limit test_limit max_new_tokens max_rows micro_batch steps batch rollout_batch ppo_epochs"),
+    (1, math.inf, "minibatch"),
     (0, math.inf, "seed samples save_every eval_every lr weight_decay kl_coef value_coef"),
     (1e-9, math.inf, "epochs clip cap target_kl_behav"),
     (0, 1, "gamma lam layer_dropout"),
@@ -365,11 +368,11 @@ RANGES = (  # low, high, and the flags of any script whose numbers must lie betw
 class SharedConfig:
     """Flags that mean the same in every script."""
 
-    task: Literal[TASKS] = flag("toy", "which problems")
-    test_data: str | None = flag(None, "test problems: a JSON file or hub id (default: the task's usual data set)")
-    limit: int | None = flag(None, "use only the first so many problems of each split")
-    engine: Literal["nl", "python"] = flag("nl", "chains of thought: nl (natural language) or python (programs)")
-    prompt_style: Literal["auto", "reft", "chat"] = flag("auto", "chat: the chat template; auto: chat for chat models")
+    task: Literal[TASKS] | None = flag(None, "which problems (default: those of the run that made --model; else toy)")
+    test_data: str | None = flag(None, "test problems: a JSON file or hub id (default: the run's, the usual ones)")
+    test_limit: int | None = flag(None, "use only the first so many test problems")
+    engine: Literal["nl", "python"] | None = flag(None, "python: programs (default: the run's, nl: natural language)")
+    prompt_style: Literal["auto", "reft", "chat"] | None = flag(None, "default: the run's; auto: chat for chat models")
     unsafe_exec: bool = flag(False, "run model-written programs even where the system cannot hold them back")
     max_new_tokens: int | None = flag(None, "longest completion in tokens (toy: 64, toy-long: 128, else 400)")
     max_rows: int = flag(512, "completions sampled at a time; lower it to save memory, the samples stay")
@@ -377,7 +380,7 @@ class SharedConfig:
     dtype: Literal["float32", "float64", "bfloat16"] | None = flag(None, "default: bfloat16 on cuda, else float32")
 
     def __post_init__(self):
-        """A value out of range ends the program before anything is read or written."""
+        """A value out of range ends the program before anything is read or written. What was not given is filled in."""
         for low, high, names in RANGES:
             for name in names.split():
                 value = getattr(self, name, None)
@@ -387,10 +390,34 @@ class SharedConfig:
         self.dtype = self.dtype or ("bfloat16" if self.device == "cuda" else "float32")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("--device is cuda, but torch finds no CUDA here; take cpu, or a torch built for CUDA")
+        if not hasattr(self, "runs"):  # of several runs each one says
+            self.as_trained(getattr(self, "model", None))
+
+    def as_trained(self, source: str | None):
+        """Flags that were not given are those of the run that made `source`; one that differs from them is said."""
+        if source == "runs/warmup" and not Path(source).exists():
+            raise InputError("runs/warmup does not exist: run `python warmup.py` first, or name a model with --model")
+        if source:
+            check_checkpoint(source)
+        file = Path(source or "", "run.json")
+        trained = read_json(file) if source and file.exists() else {}
+        defaults = {"task": None if source else "toy", "engine": "nl", "prompt_style": "auto"}
+        if self.task in (None, trained.get("task")):  # another task has other problems and lengths
+            defaults |= {"data": None, "test_data": None, "max_new_tokens": None}
+        others = []
+        for name, default in defaults.items():
+            given, there = getattr(self, name, None), trained.get(name, default)
+            setattr(self, name, there if given is None else given)
+            if given not in (None, there) and name in trained and name != "max_new_tokens":
+                others.append(f"--{name.replace('_', '-')} {there} (here: {given})")
+        if others:
+            print(f"{source} was trained with {', '.join(others)}")
+        if self.task is None:
+            raise InputError(f"{source} does not say what it was trained on: name a --task, one of {', '.join(TASKS)}")
+        if self.max_new_tokens is None:  # ReFT: 700 tokens of which at most 300 are the prompt
+            self.max_new_tokens = {"toy": 64, "toy-long": 128}.get(self.task, 400)
         if self.engine == "python":
             execute(["def solution(): return 1"], self.unsafe_exec)  # refused here, not after an hour of training
-        if self.max_new_tokens is None and self.task:  # ReFT: 700 tokens of which at most 300 are the prompt
-            self.max_new_tokens = {"toy": 64, "toy-long": 128}.get(self.task, 400)
 
     def fill_in(self, defaults: dict):
         """Flags that were not given take these values."""
@@ -423,10 +450,12 @@ def run_script(main, config_class, parser: HfArgumentParser | None = None):
     So do running out of memory and a failed save. Numbers that went bad, a log that cannot be written: exit code 1.
     """
     parser = parser or HfArgumentParser(config_class, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # without the list of all flags
+    parser._negative_number_matcher = re.compile(r"-[.\d]")  # -1e-5 is a number, too
     try:
-        config = config_class(**vars(parser.parse_args()))
+        flags = vars(parser.parse_args())
         with process_group():
-            main(config)
+            main(config_class(**flags))
     except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
@@ -448,7 +477,7 @@ class Config(NestedConfig):
     """Flags of rollout.py."""
 
     model: str = flag("runs/warmup", "directory or hub id")
-    limit: int | None = flag(64, "how many test problems")
+    test_limit: int | None = flag(64, "how many test problems")
     seed: int = flag(0, "seed of the mask and of the samples")
 
 
@@ -458,7 +487,7 @@ def main(config: Config) -> dict[str, tuple[Grades, float, float]]:
     Returns grades, tokens/s and exact KL per token of both.
     """
     model = load(config.model, config.device, config.dtype)
-    problems = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
+    problems = load_problems(config.task, "test", config.test_data, config.test_limit, config.engine)
     prompts, num_layers = encode_prompts(problems, model, config, config.max_new_tokens), len(model.layers)
     results, skip = {}, torch.zeros(num_layers, dtype=torch.bool)
     for name in ("pi", "mu"):

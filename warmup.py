@@ -7,6 +7,8 @@ Departure from ReFT: the loss is the token mean over the whole batch, not the me
 a share of the batches is trained with random inner layers left out, so that nested models stay close to the full one.
 """
 
+import fcntl
+import functools
 import json
 import math
 import os
@@ -29,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from evaluate import draw_curves, evaluate, make_folder
+from evaluate import FREE, draw_curves, evaluate, make_folder
 from model import Decoder, load, named_in_errors, nested_kl, peak_memory, sample_skip, write_json
 from model import gather, gathered, rank, shard, total, whole, world_size  # several processes
 from reward import ANSWER_LINE, TOY_STEPS, InputError, Problem, load_problems, make_prompt, make_target
@@ -45,11 +47,12 @@ PRETRAINED = {"batch": 48, "lr": 1e-5, "beta2": 0.999, "weight_decay": 0.0, "lay
 class TrainConfig(NestedConfig):
     """Flags of both training stages."""
 
-    data: str | None = flag(None, "training problems: a JSON file or hub id (default: the task's usual data set)")
+    data: str | None = flag(None, "training problems: a JSON file or hub id (default: the run's, the usual ones)")
+    limit: int | None = flag(None, "use only the first so many training problems")
     seed: int = flag(0, "seed of weights, data order, skip masks and sampling")
     micro_batch: int = flag(16, "rows of one pass (of each process); lower it to save memory, the gradient stays")
     gradient_checkpointing: bool = flag(False, "keep one activation a layer, compute the others again: less memory")
-    save_every: int = flag(0, "steps between checkpoints; 0: one at the end")
+    save_every: int = flag(0, "steps between checkpoints; 0: one every 30 minutes, and one at the end")
     eval_every: int = flag(0, "steps between greedy evaluations on the test problems; 0: one at the end")
     resume: bool = flag(False, "go on from the checkpoint in --out, to the bit; start where there is none")
 
@@ -63,14 +66,14 @@ class Config(TrainConfig):
     steps: int | None = flag(None, "optimizer steps (default: as many as --epochs needs)")
     epochs: float | None = flag(None, "passes over the problems (toy: 0.9, pretrained: 2)")
     batch: int | None = flag(None, "problems of one optimizer step (toy: 32, pretrained: 48)")
-    lr: float | None = flag(None, "rises over a tenth of the steps, falls to 0 (toy: 4e-3, pretrained: 1e-5)")
+    lr: float | None = flag(None, "reached after a tenth of the steps, then falls to 0 (toy: 4e-3, pretrained: 1e-5)")
     beta2: float | None = flag(None, "AdamW decay of the squared gradient (toy: 0.95, pretrained: 0.999)")
     weight_decay: float | None = flag(None, "AdamW weight decay of the matrices (toy: 0.1, pretrained: 0)")
     layer_dropout: float | None = flag(None, "share of batches with --skip-ratio at work (toy: 0.5, pretrained: 0)")
 
     def __post_init__(self):
-        self.fill_in(TOY if self.model is None else PRETRAINED)
         super().__post_init__()
+        self.fill_in(TOY if self.model is None else PRETRAINED)
         if self.model is None and self.task not in TOY_STEPS:
             raise InputError(f"--task is {self.task}, without --model it must be one of {', '.join(TOY_STEPS)}")
 
@@ -90,7 +93,8 @@ def main(config: Config) -> dict:
         pool = skip_pool(model, round(config.skip_ratio * num_layers), config)
         sample_skip(num_layers, config.skip_ratio, pool=pool)  # refuses to leave out none, or too many
     steps = config.steps or max(1, round(config.epochs * len(problems) / config.batch))
-    run = Run("warmup", config, model, fingerprint(problems), steps, config.weight_decay, config.beta2)
+    marks = fingerprint(problems, examples, model if config.model else None)
+    run = Run("warmup", config, model, marks, steps, config.weight_decay, config.beta2)
 
     for step in run.steps():
         # 2. a batch, and for a share of the batches a skip mask
@@ -102,7 +106,7 @@ def main(config: Config) -> dict:
         batch = [examples[i] for i in chosen]
 
         # 3. the loss and the update
-        lr = config.lr * min(1.0, step / (0.1 * steps)) * (1 - (step - 1) / steps)
+        lr = config.lr * min(1, step / (0.1 * steps), (steps + 1 - step) / (0.9 * steps))
         loss, grad_norm = supervised_step(run, batch, lr, skip)
 
         # 4. the records
@@ -110,13 +114,12 @@ def main(config: Config) -> dict:
         speed = tokens / (time.perf_counter() - run.started)
         numbers = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
         if config.layer_dropout and config.eval_every and step % config.eval_every == 0:
-            masks = [sample_skip(num_layers, config.skip_ratio, torch.manual_seed(i), pool) for i in range(8)]
+            seeds = [torch.Generator().manual_seed(i) for i in range(8)]
+            masks = [sample_skip(num_layers, config.skip_ratio, generator, pool) for generator in seeds]
             with gathered(model):  # KL(mu||pi) per token: how well the model can do without layers by now
                 numbers["kl_behav"] = nested_kl(model, examples[:MEASURED], torch.stack(masks)).mean().item()
         run.record(numbers, chosen)
-    given = [(name, getattr(config, name)) for name in ("task", "engine", "prompt_style", "data", "test_data")]
-    flags = "".join(f" --{k.replace('_', '-')} {v}" for k, v in given if v not in ("toy", "nl", "auto", None))
-    then = f"python rl.py --skip-ratio {config.skip_ratio:g} --model {config.out}{flags}"
+    then = f"python rl.py --skip-ratio {config.skip_ratio:g} --model {config.out}"
     return run.finish(("loss", "greedy_accuracy", "kl_behav"), then)
 
 
@@ -195,48 +198,62 @@ def batch_indices(seed: int, step: int, batch: int, count: int) -> list[int]:
 
 
 def micro_batches(lengths: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
-    """Rows of like length, `size` at a time, and the columns they need.
+    """Rows of like length, `size` at a time and process, and the columns they need.
 
-    Several processes share out the rows of each pass: all make the same number of passes, some of them perhaps without
-    a row.
+    All processes make the same number of passes, some of them perhaps without a row.
     """
     for rows in lengths.argsort(stable=True).split(size * world_size()):
         yield rows[rank() :: world_size()], int(lengths[rows[-1]])
 
 
-def fingerprint(problems: list[Problem], reference: Decoder | None = None) -> list[int]:
-    """Numbers that change when the problems or the reference's weights do."""
+def fingerprint(problems: list[Problem], tokens: list, reference: Decoder | None) -> dict[str, list[int]]:
+    """Numbers that change with the problems, with their tokens (tokenizer, template, EOS) and with the weights."""
     bits = {torch.float32: torch.int32, torch.float64: torch.int64}
     weights = reference.parameters() if reference else ()
-    return [zlib.crc32(repr(problems).encode()), *(int(p.detach().view(bits[p.dtype]).sum()) for p in weights)]
+    return {
+        "the training problems": [len(problems), zlib.crc32(repr(problems).encode())],
+        "their tokens": [zlib.crc32(repr(tokens).encode())],
+        "the weights of --model": [int(p.detach().view(bits[p.dtype]).sum()) for p in weights],
+    }
 
 
 # ---- a run: resume, records, signals, checkpoints -------------------------------------------------------------------
 
 BAD_IN_A_ROW = 3  # batches with a loss or gradient that is not finite, before a run gives up
-# a run may be resumed with other values of these: they change nothing beyond rounding
-FREE_ON_RESUME = {"resume", "out", "device", "micro_batch", "max_rows", "gradient_checkpointing", "save_every"}
-FREE_ON_RESUME |= {"eval_every", "unsafe_exec"}
+SAVE_SECONDS = 1800  # between checkpoints without --save-every
 LOGS = ("metrics.jsonl", "samples.txt", "bad_batches.jsonl")
+STARTED = (*LOGS, "run.json")  # what a run holds before its first checkpoint
+SAVED = ("trainer.pt", "config.json", "*.safetensors", "*.bin", "value_head.pt", "tokenizer*", "evaluation.json")
+FREE_ON_RESUME = FREE | {"data", "test_data"}  # what files hold is compared, not where they are
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
+@functools.cache  # it may take a folder twice
+def lock(folder: Path):
+    """Keep a folder to this process until it ends, however it ends. Some network file systems can lock no folder."""
+    try:
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"--out {folder} is in use by another run: name another folder") from error
+    except OSError:
+        pass
+
+
 class Run:
-    """A model in training and its folder: what surrounds the equations in both stages.
+    """A model in training and its folder. `state`: plain numbers that move from step to step and are saved with it."""
 
-    `state` is what trainer.pt holds besides weights and Adam's moments: plain numbers that move from step to step.
-    """
-
-    def __init__(
-        self, stage, config: TrainConfig, model: Decoder, marks, steps, weight_decay=0.0, beta2=0.999, **state
-    ):
+    def __init__(self, stage, config: TrainConfig, model: Decoder, marks, steps, decay=0.0, beta2=0.999, **state):
         """Resume from --out with --resume, where there is a run; else start. What is refused writes nothing."""
         self.config, self.model, self.last, self.out = config, model, steps, Path(config.out)
-        self.tests = load_problems(config.task, "test", config.test_data, config.limit, config.engine)
-        encode_prompts(self.tests, model, config, config.max_new_tokens)  # too long? now, not after the training
+        self.tests = load_problems(config.task, "test", config.test_data, config.test_limit, config.engine)
+        prompts = encode_prompts(self.tests, model, config, config.max_new_tokens)  # too long? now, not at the end
         model.gradient_checkpointing = config.gradient_checkpointing
+        marks = marks | {"the test problems": [zlib.crc32(repr((self.tests, prompts, model.eos_ids)).encode())]}
         self.fixed = {"stage": stage, "config": asdict(config), "marks": marks}
-        self.state = {"step": 0, "seconds": 0.0, "bad_in_a_row": 0, "warned": [], **state}
+        self.state = {"step": 0, "seconds": 0.0, "bad_in_a_row": [], "warned": [], **state}
+        make_folder(config.out)
+        if rank() == 0:
+            lock(self.out.resolve())
         saved = self.read()
         gather(None)  # nobody writes before all have looked
         if saved:
@@ -245,28 +262,32 @@ class Run:
         shard(model)
         # AdamW over fp32 (or float64) master weights; biases and norms do not decay
         weights = [p for p in model.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in weights if p.dim() >= 2], "weight_decay": weight_decay}]
+        groups = [{"params": [p for p in weights if p.dim() >= 2], "weight_decay": decay}]
         groups += [{"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, beta2), fused=True)
         if saved:
             set_optimizer_state_dict(model, self.optimizer, saved["optimizer"], options=WHOLE)
-        make_folder(config.out)
         if rank() == 0:
             self.cut_logs(saved["log_sizes"] if saved else {})
             write_json(self.out / "run.json", asdict(config))
-        self.stop, self.left_out = [], 0  # the signal that asked for the end; updates of a step that were not finite
+        self.stop, self.saved = [], time.monotonic()  # the signal that asked for the end; when the last save was
+        names = ("task", "device", "dtype", "lr", "layer_dropout", "skip_ratio", "advantage", "correction", "lam")
+        flags = "".join(f", {name} {getattr(config, name)}" for name in names if hasattr(config, name))
+        style, size = "chat" if is_chat(model, config) else "reft", sum(p.numel() for p in model.parameters())
+        print(
+            f"{stage}, {config.model or 'a new model'}: {size:,} parameters, {len(model.layers)} layers, {style} prompts"
+            f"{flags}; {marks['the training problems'][0]} problems, {len(self.tests)} test problems; "
+            f"steps {self.state['step'] + 1} to {steps}, saved in {self.out}"
+        )
 
     def read(self) -> dict | None:
-        """trainer.pt, with --resume and where there is one. InputError if --out holds anything that would be lost.
-
-        It names the flags that differ from those of that run, or what else does.
-        """
+        """trainer.pt, with --resume and where there is one. InputError: --out holds what would be lost, or what differs."""
         file, stage, now = self.out / "trainer.pt", self.fixed["stage"], self.fixed["config"]
-        held = [name for name in ("trainer.pt", "config.json", "metrics.jsonl") if (self.out / name).exists()]
+        held = [path.name for name in (*SAVED, *STARTED) for path in self.out.glob(name)]
         if held and not self.config.resume:
-            raise InputError(f"--out {self.out} holds a run ({held[0]}): go on with --resume, or name another folder")
+            raise InputError(f"--out {self.out} holds a run or a model ({held[0]}): --resume, or name another folder")
         if not file.exists():
-            if "config.json" in held:
+            if not {*held} <= {*STARTED}:
                 raise InputError(f"--out {self.out} holds a model and no trainer.pt to resume; name another folder")
             if self.config.resume:
                 print(f"nothing to resume in {self.out}: starting from the beginning")
@@ -275,13 +296,15 @@ class Run:
             saved = torch.load(file, map_location="cpu", weights_only=True)
             if saved["stage"] != stage:
                 raise InputError(f"{file}: written by {saved['stage']}.py; {stage}.py cannot resume it")
-            before = saved["config"]
-        changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != before.get(name)]
+            free = {name: now[name] for name in FREE_ON_RESUME & now.keys()}
+            before = asdict(type(self.config)(**(saved["config"] | free)))  # a flag it did not know has its default
+            marks = [name for name, mark in self.fixed["marks"].items() if saved["marks"][name] != mark]
+        changed = [name for name in now if now[name] != before[name]]
         if changed:
-            flags = ", ".join(f"--{name.replace('_', '-')} {now[name]} (there: {before.get(name)})" for name in changed)
+            flags = ", ".join(f"--{name.replace('_', '-')} {now[name]} (there: {before[name]})" for name in changed)
             raise InputError(f"{file}: a run with other flags: {flags}; take the same ones or another --out")
-        if saved["marks"] != self.fixed["marks"]:
-            raise InputError(f"{file}: the training problems or the weights of --model are no longer those of this run")
+        if marks:
+            raise InputError(f"{file}: no longer those of this run: {', '.join(marks)}; take another --out")
         return saved
 
     def cut_logs(self, sizes: dict[str, int]):
@@ -307,10 +330,13 @@ class Run:
         self.bar = tqdm(range(done + 1, self.last + 1), name, self.last, initial=done, disable=rank() > 0)
         try:
             for step in self.bar:
-                self.started = time.perf_counter()
+                self.started, self.updates, self.left_out = time.perf_counter(), 0, 0  # left out: not finite
                 yield step
-                if self.stopped() or self.state["bad_in_a_row"] >= BAD_IN_A_ROW:
+                if self.stopped() or len(self.state["bad_in_a_row"]) >= BAD_IN_A_ROW:
                     break
+        except GeneratorExit:  # the step failed; where it has changed no weight, what came before it is saved
+            if 0 < self.state["step"] == step - 1 and not self.updates and world_size() == 1:
+                self.save()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -322,10 +348,7 @@ class Run:
         return bool(heard)  # not `self.stop`: a signal may have come since, to this process alone
 
     def update(self, lr: float, loss: Tensor) -> float:
-        """Clip the gradient to norm 1, step, clear; returns the norm before clipping.
-
-        Where it or the loss is not finite, no weight and no moment of Adam changes, and the result is nan.
-        """
+        """Clip the gradient to norm 1, step, clear; returns the norm before. Not finite, or the loss: nan, and no step."""
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)).item()
         finite = math.isfinite(grad_norm) and math.isfinite(total(loss))
         if finite:
@@ -333,7 +356,7 @@ class Run:
                 group["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.left_out += not finite
+        self.updates, self.left_out = self.updates + finite, self.left_out + (not finite)
         return grad_norm if finite else math.nan
 
     def record(self, numbers: dict, problems: list[int], texts: Iterable[str] = (), warnings: Iterable = ()):
@@ -343,8 +366,8 @@ class Run:
         """
         seconds, state, config = time.perf_counter() - self.started, self.state, self.config
         state["step"], state["seconds"] = state["step"] + 1, state["seconds"] + seconds
-        step, bad, self.left_out = state["step"], self.left_out, 0
-        state["bad_in_a_row"] = state["bad_in_a_row"] + 1 if bad else 0
+        step, bad = state["step"], self.left_out
+        state["bad_in_a_row"] = [*state["bad_in_a_row"], bad] if bad else []
         line = {"step": step, "seconds": state["seconds"], **numbers, "nonfinite_updates": bad}
         line["peak_memory_gb"] = peak_memory(self.model.embed.weight.device)
         if config.eval_every and step % config.eval_every == 0:
@@ -361,7 +384,9 @@ class Run:
             self.append("bad_batches.jsonl", {"problems": problems, **line})
         shown = ("reward", "accuracy", "loss", "policy_loss")
         self.bar.set_postfix({name: f"{line[name]:.3f}" for name in shown if name in line}, refresh=False)
-        if config.save_every and step % config.save_every == 0 and step < self.last and not self.stopped():
+        late = self.saved + SAVE_SECONDS < time.monotonic()
+        due = step % config.save_every == 0 if config.save_every else gather(late)[0]
+        if due and step < self.last and not bad and not self.stopped():
             self.save()
 
     def append(self, log: str, line: dict):
@@ -374,8 +399,7 @@ class Run:
     def save(self):
         """The Hugging Face files, then trainer.pt with all that a resumed run needs, weights included: the commit.
 
-        A process killed before that leaves the previous trainer.pt, and each other file whole, old or new. The files are
-        those of one process. InputError when the disk is full; the previous checkpoint stays.
+        A process killed before that leaves the previous trainer.pt, and each other file whole, old or new.
         """
         weights, moments = get_state_dict(self.model, self.optimizer, options=WHOLE)  # on the first process
         if rank() == 0:
@@ -397,29 +421,30 @@ class Run:
             finally:
                 shutil.rmtree(new, ignore_errors=True)
         gather(None)  # the others wait for it: torchrun ends all processes when one leaves
+        self.saved = time.monotonic()
 
     def finish(self, curves: tuple[str, ...], then: str) -> dict:
         """The last checkpoint, evaluation and figure; a run that was asked to stop, or whose numbers went bad, ends here."""
-        self.save()
         state, out = self.state, self.out
-        if state["bad_in_a_row"] >= BAD_IN_A_ROW:
+        if len(bad := state["bad_in_a_row"]) >= BAD_IN_A_ROW:  # what became of the weights replaces nothing
             raise FloatingPointError(
-                f"{out}: loss or gradient was not finite in {BAD_IN_A_ROW} batches in a row, the last one step "
-                f"{state['step']}; look at the problems in bad_batches.jsonl, try a lower --lr or --dtype float32"
+                f"{out}: {sum(bad)} updates of {len(bad)} batches in a row, up to step {state['step']}, were not finite and "
+                f"left out; a checkpoint from before stays. See bad_batches.jsonl; try a lower --lr or --dtype float32"
             )
+        self.save()
         if self.stopped():
             words = [*sys.argv, *(() if "--resume" in sys.argv else ("--resume",))]
             start = "python" if world_size() == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
             print(f"stopped after step {state['step']}, saved in {out}; go on with: {start} {shlex.join(words)}")
             sys.exit(128 + self.stop[0])
-        result = evaluate(self.model, self.tests, self.config)
+        result = evaluate(self.model, self.tests, self.config, out=out)
         if rank() == 0:
-            write_json(out / "evaluation.json", result)
             draw_curves(out, curves)
         low, high = result["greedy_interval"]
+        outcomes = ", ".join(f"{name.replace('_', ' ')} {x:.3f}" for name, x in result["greedy_outcomes"].items())
         print(
             f"greedy accuracy on {result['problems']} test problems: {result['greedy_accuracy']:.3f} "
-            f"(95% interval {low:.3f}-{high:.3f}); trained for {state['seconds']:.0f} s\n"
+            f"(95% interval {low:.3f}-{high:.3f}; {outcomes}); trained for {state['seconds']:.0f} s\n"
             f"checkpoint: {out}    next: {then}"
         )
         return result

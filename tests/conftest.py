@@ -15,5 +15,5 @@ def toy_run(tmp_path_factory):
     import warmup
 
     out = tmp_path_factory.mktemp("runs") / "warmup"
-    warmup.main(warmup.Config(out=str(out), steps=20, limit=400))
+    warmup.main(warmup.Config(out=str(out), steps=20, limit=400, test_limit=400))
     return out

@@ -55,7 +55,7 @@ def soak(folder: Path, minutes: float, steps: int, longest: float = 10.0) -> Cou
     A signal comes up to `longest` seconds after the process has opened the folder: in a step, in a save, between them.
     """
     warmup, disturbed, quiet = (folder / name for name in ("warmup", "disturbed", "quiet"))
-    assert script("warmup.py", "--out", warmup, "--steps", 40, "--limit", 400).wait() == 0
+    assert script("warmup.py", "--out", warmup, "--steps", 40, "--limit", 400, "--test-limit", 400).wait() == 0
     flags = ["--model", warmup, *FLAGS.split(), "--save-every", 1, "--steps", steps]
     hits, dice, end = Counter(), random.Random(0), time.monotonic() + 60 * minutes
     while time.monotonic() < end or not (disturbed / "trainer.pt").exists():

@@ -23,7 +23,7 @@ import warmup
 from evaluate import read_metrics
 from model import Decoder, load, process_group, rank, shard
 
-TINY = {"dtype": "float64", "limit": 40, "max_new_tokens": 12, "micro_batch": 3}
+TINY = {"dtype": "float64", "limit": 40, "test_limit": 40, "max_new_tokens": 12, "micro_batch": 3}
 
 
 def warm(out, **changes):
@@ -42,7 +42,7 @@ def everything(model, folder):
     """All three stages; a test compares what they leave in `folder`."""
     warm(folder / "warmup")
     reinforce(model, folder / "rl")
-    evaluate.main(evaluate.Config(runs=(str(folder / "rl"),), out=str(folder), samples=3, limit=3))
+    evaluate.main(evaluate.Config(runs=(str(folder / "rl"),), out=str(folder), samples=3, test_limit=3))
 
 
 def launch(count: int, work, seconds: float = 60) -> list[int]:
@@ -245,7 +245,18 @@ def test_an_exception_in_one_process_ends_torchrun_with_its_message(toy_run, tmp
         "rl.run_script(rl.main, rl.Config)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
-    command += ["--model", toy_run, "--out", tmp_path / "rl", "--limit", "40", "--rollout-batch", "8"]
+    command += [
+        "--model",
+        toy_run,
+        "--out",
+        tmp_path / "rl",
+        "--limit",
+        "40",
+        "--test-limit",
+        "40",
+        "--rollout-batch",
+        "8",
+    ]
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode != 0 and "the power is gone" in ended.stderr

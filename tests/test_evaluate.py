@@ -46,7 +46,7 @@ def test_k_doubles_up_to_the_number_of_samples(toy_run, samples, ks):
 
 def test_several_runs_give_one_table_one_figure_and_a_file_each(toy_run, tmp_path, capsys):
     config = evaluate.Config(
-        runs=(str(toy_run), str(toy_run)), out=str(tmp_path), samples=3, limit=20, max_new_tokens=12
+        runs=(str(toy_run), str(toy_run)), out=str(tmp_path), samples=3, test_limit=20, max_new_tokens=12
     )
     first, second = evaluate.main(config)
     assert first == second  # the same checkpoint, the same seed
@@ -140,7 +140,7 @@ def test_several_groups_give_a_table_a_figure_and_a_file(tmp_path, toy_run, caps
         records = [{"seconds": 1.0, "greedy_accuracy": 0.2}, {"seconds": 2.0, "greedy_accuracy": 0.95}]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     runs = tuple(str(tmp_path / name) for name in "abc")
-    evaluate.main(evaluate.Config(runs=runs, out=str(tmp_path), limit=10, max_new_tokens=8))
+    evaluate.main(evaluate.Config(runs=runs, out=str(tmp_path), test_limit=10, max_new_tokens=8))
     out = capsys.readouterr().out
     assert "skip ratio" in out and "2.000 ± 0.000 (2)" in out
     study = json.loads((tmp_path / "study.json").read_text())
@@ -228,4 +228,5 @@ def test_the_file_of_kept_completions_is_replaced_only_when_the_new_one_is_whole
 )
 def test_keep_correct_takes_one_run_some_samples_and_another_file_than_data(flags):
     with pytest.raises(InputError, match="--keep-correct"):
-        evaluate.Config(**({"runs": ("a",), "samples": 1, "keep_correct": "x.jsonl", "task": "gsm8k"} | flags))
+        flags = {"runs": ("a",), "samples": 1, "keep_correct": "x.jsonl", "task": "gsm8k"} | flags
+        evaluate.keep_correct(None, evaluate.Config(**flags))  # refused before the model is touched

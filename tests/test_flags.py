@@ -91,13 +91,14 @@ BAD_FLAGS = [
     ("warmup", "--batch", "0"),
     ("warmup", "--epochs", "0"),
     ("warmup", "--lr", "-1"),
+    ("warmup", "--lr", "-1e-5"),
     ("warmup", "--weight-decay", "-1"),
     ("warmup", "--beta2", "1"),
     ("warmup", "--limit", "0"),
     ("warmup", "--seed", "-1"),
     ("warmup", "--task", "gsm8k"),  # from scratch only on toy
     ("rollout", "--skip-ratio", "1.2"),
-    ("rollout", "--limit", "0"),
+    ("rollout", "--test-limit", "0"),
     ("rollout", "--seed", "-1"),
     ("evaluate", "--samples", "-1"),
     ("evaluate", "--max-rows", "0"),
@@ -106,14 +107,15 @@ BAD_FLAGS = [
 
 
 @pytest.mark.parametrize(("script", "flag", "value"), BAD_CHOICES + BAD_FLAGS, ids=lambda x: x)
-def test_a_value_out_of_range_names_the_flag_and_writes_nothing(script, flag, value, monkeypatch, capsys, tmp_path):
+def test_a_value_out_of_range_names_the_flag_and_writes_nothing(
+    script, flag, value, monkeypatch, capsys, toy_run, tmp_path
+):
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, script, *(["x"] if script == "evaluate" else []), flag, value) == 2
-    *usage, error = capsys.readouterr().err.strip().splitlines()
-    if (script, flag, value) in BAD_CHOICES:
-        assert flag in error and value in error and "choose from" in error
-    else:
-        assert not usage and error.startswith("error: ") and flag in error
+    model = {"evaluate": ["x"], "rl": ["--model", toy_run]}.get(script, [])
+    assert run(monkeypatch, script, *model, flag, value) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith("error: ") and flag in error
+    assert (script, flag, value) not in BAD_CHOICES or (value in error and "choose from" in error)
     assert not list(tmp_path.iterdir())
 
 
@@ -145,7 +147,7 @@ def test_an_impossible_ratio_stops_before_anything_is_written(monkeypatch, capsy
 def test_cuda_asked_for_and_absent_stops_before_anything_is_written(script, monkeypatch, capsys, toy_run, tmp_path):
     monkeypatch.chdir(tmp_path)
     model = {"warmup": [], "evaluate": [toy_run]}.get(script, ["--model", toy_run])
-    assert run(monkeypatch, script, *model, "--device", "cuda", "--limit", 9) == 2
+    assert run(monkeypatch, script, *model, "--device", "cuda", "--test-limit", 9) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: --device is cuda") and len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
@@ -244,7 +246,7 @@ def test_evaluate_and_rollout_refuse_a_file_as_checkpoint_and_as_folder(
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("x")
     argv = [toy_run if word == "MODEL" else word for word in argv]
-    assert run(monkeypatch, script, *argv, "--limit", 2, "--max-new-tokens", 2) == 2
+    assert run(monkeypatch, script, *argv, "--test-limit", 2, "--max-new-tokens", 2) == 2
     out, error = capsys.readouterr()
     assert words in error and len(error.strip().splitlines()) == 1 and not out
     assert snapshot(".") == {Path("file"): b"x"}

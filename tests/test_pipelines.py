@@ -307,7 +307,7 @@ def test_evaluate_takes_the_style_of_the_run(data, tmp_path, monkeypatch):
     real = evaluate.evaluate
     monkeypatch.setattr(evaluate, "evaluate", lambda *args: styles.append(args[2].prompt_style) or real(*args))
     test_data = {name: data[name] for name in ("task", "test_data")}
-    config = evaluate.Config(runs=(str(folder),), out=str(tmp_path), limit=2, max_new_tokens=4, **test_data)
+    config = evaluate.Config(runs=(str(folder),), out=str(tmp_path), test_limit=2, max_new_tokens=4, **test_data)
     evaluate.main(config)
     (folder / "run.json").write_text(json.dumps({"task": "gsm8k", "prompt_style": "reft"}))
     evaluate.main(config)

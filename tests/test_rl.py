@@ -30,7 +30,7 @@ def metrics(run) -> list[dict]:
 def train(toy_run, out, **flags):
     """One in-process run of rl.py on the small checkpoint."""
     defaults = {"model": str(toy_run), "out": str(out), "steps": 1, "rollout_batch": 8, "minibatch": 4, "limit": 40}
-    rl.main(rl.Config(**(defaults | {"max_new_tokens": 12} | flags)))
+    rl.main(rl.Config(**(defaults | {"max_new_tokens": 12, "test_limit": 40} | flags)))
     return load(out, None, flags.get("dtype")), metrics(out)
 
 
@@ -217,7 +217,7 @@ def test_whitened_advantages_of_a_long_right_answer_are_negative_at_its_start_wi
     rewards, mask = torch.zeros(2, 100, dtype=torch.float64), torch.ones(2, 100, dtype=torch.bool)
     rewards[0, -1] = 1
     start = {}
-    for lam in (0.95, rl.Config(model="x").lam):
+    for lam in (0.95, rl.Config(model="x", task="toy").lam):
         advantages, _ = rl.gae(rewards, torch.zeros_like(rewards), mask, 1.0, lam)
         start[lam] = rl.whiten(advantages, mask)[0, 0].item()
     assert start[0.95] < -0.3 and start[1.0] == pytest.approx(1.0)
@@ -467,7 +467,7 @@ def test_logp_behav_that_is_not_finite_raises(toy_run, tmp_path, monkeypatch):
 
 
 METRICS = """
-    step seconds reward accuracy wrong no_answer cut error timeout killed length kl_ref kl_behav kl_behav_k1
+    step seconds reward accuracy equal_rewards wrong no_answer cut error timeout killed length kl_ref kl_behav kl_behav_k1
     entropy log_ratio_min log_ratio_p1 log_ratio_p50 log_ratio_p99 log_ratio_max above_cap ess_tokens ess_sequences
     retrace_trace reward_under_pi explained_variance policy_loss value_loss clip_fraction grad_norm nonfinite_updates
     skipped_layers rollout_tokens_per_second rollout_seconds update_seconds peak_memory_gb greedy_accuracy
@@ -489,7 +489,9 @@ def test_a_run_leaves_its_metrics_with_all_that_the_readme_tells_to_watch_and_it
 
 def test_program_chains_of_thought_go_through_all_stages(tmp_path):
     try:
-        warm = warmup.Config(out=str(tmp_path / "w"), engine="python", steps=2, limit=40, max_new_tokens=12)
+        warm = warmup.Config(
+            out=str(tmp_path / "w"), engine="python", steps=2, limit=40, test_limit=40, max_new_tokens=12
+        )
     except InputError as refusal:
         pytest.skip(str(refusal))
     warmup.main(warm)
@@ -497,6 +499,6 @@ def test_program_chains_of_thought_go_through_all_stages(tmp_path):
     shares = {outcome: records[0][outcome] for outcome in rollout.OUTCOMES[1:]}
     assert sum(shares.values()) == pytest.approx(1) and shares["no_answer"] == 0  # none was right
     config = evaluate.Config(
-        runs=(str(tmp_path / "rl"),), out=str(tmp_path), limit=5, samples=2
+        runs=(str(tmp_path / "rl"),), out=str(tmp_path), test_limit=5, samples=2
     )  # engine: from run.json
     assert evaluate.main(config)[0]["pass@2"] == 0

@@ -345,7 +345,7 @@ def test_prompts_beyond_the_context_are_refused(decoder):
 
 
 def test_the_script_prints_completions_of_both_models_and_what_skipping_does(toy_run, capsys):
-    flags = {"skip_ratio": 0.25, "limit": 6, "max_new_tokens": 8, "max_rows": 4, "dtype": "float64"}
+    flags = {"skip_ratio": 0.25, "test_limit": 6, "max_new_tokens": 8, "max_rows": 4, "dtype": "float64"}
     config = Config(model=str(toy_run), **flags)
     results = main(config)
     out = capsys.readouterr().out

@@ -21,7 +21,7 @@ from model import Decoder, load
 from reward import InputError
 from rollout import run_script
 
-TINY = {"limit": 40, "max_new_tokens": 12}
+TINY = {"limit": 40, "test_limit": 40, "max_new_tokens": 12}
 
 
 def warm(out, **changes):
@@ -246,8 +246,8 @@ def check(run) -> tuple[int, set[int]]:
 def saver(toy_run, tmp_path):
     """save(number) into tmp_path / "run", and that folder: every weight and moment is `number`, so that mixtures show."""
     model = load(toy_run, None, None)
-    config = warmup.Config(model=str(toy_run), out=str(tmp_path / "run"), limit=2, max_new_tokens=4)
-    run = warmup.Run("warmup", config, model, [], 10)
+    config = warmup.Config(model=str(toy_run), out=str(tmp_path / "run"), test_limit=2, max_new_tokens=4)
+    run = warmup.Run("warmup", config, model, warmup.fingerprint([], [], None), 10)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     run.optimizer.step()
@@ -464,7 +464,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight_and_its_batch_is_written_do
 
 def test_a_gradient_or_loss_that_is_not_finite_changes_no_weight_and_no_moment():
     model = torch.nn.Linear(2, 1)
-    run = SimpleNamespace(model=model, optimizer=torch.optim.AdamW(model.parameters()), left_out=0)
+    run = SimpleNamespace(model=model, optimizer=torch.optim.AdamW(model.parameters()), updates=0, left_out=0)
     for gradient, loss in ((1.0, 1.0), (torch.inf, 1.0), (torch.nan, 1.0), (2.0, torch.nan), (2.0, torch.inf)):
         model.weight.grad = torch.tensor([[1.0, gradient]])
         before = model.weight.detach().clone(), [v.clone() for v in run.optimizer.state[model.weight].values()]
@@ -564,8 +564,8 @@ def another_error(*args):
 def test_out_of_memory_is_one_line_that_names_the_flags_to_turn(toy_run, tmp_path, monkeypatch, capsys, where, error):
     script = warmup if where[0] is warmup else rl
     model = [] if script is warmup else ["--model", str(toy_run), "--rollout-batch", "4"]
-    out = ["--out", str(tmp_path / "run")]
-    monkeypatch.setattr("sys.argv", ["x.py", *model, *out, "--limit", "4", "--steps", "1", "--max-new-tokens", "4"])
+    out = ["--out", str(tmp_path / "run"), "--limit", "4", "--test-limit", "4"]
+    monkeypatch.setattr("sys.argv", ["x.py", *model, *out, "--steps", "1", "--max-new-tokens", "4"])
     monkeypatch.setattr(*where, error)
     with pytest.raises(RuntimeError if error is another_error else SystemExit) as stopped:
         run_script(script.main, script.Config)

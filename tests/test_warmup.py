@@ -20,7 +20,9 @@ def weights(run, dtype="float64"):
 
 
 def train(out, **flags):
-    warmup.main(warmup.Config(out=str(out), **({"steps": 3, "limit": 60, "dtype": "float64"} | flags)))
+    warmup.main(
+        warmup.Config(out=str(out), **({"steps": 3, "limit": 60, "test_limit": 60, "dtype": "float64"} | flags))
+    )
     return out
 
 
@@ -126,7 +128,7 @@ def test_micro_batches_hold_every_row_once_and_no_more_columns_than_needed():
 
 
 def test_pretrained_checkpoints_continue_training(toy_run, tmp_path):
-    warmup.main(warmup.Config(model=str(toy_run), out=str(tmp_path), steps=2, limit=40, batch=8))
+    warmup.main(warmup.Config(model=str(toy_run), out=str(tmp_path), steps=2, limit=40, test_limit=40, batch=8))
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["lr"] == 1e-5 and run["layer_dropout"] == 0  # ReFT's numbers, not those of the small decoder
     changed = [not torch.equal(p, q) for p, q in zip(weights(tmp_path), weights(toy_run), strict=True)]
@@ -134,14 +136,18 @@ def test_pretrained_checkpoints_continue_training(toy_run, tmp_path):
 
 
 def test_the_next_command_carries_the_flags_of_this_run(toy_run, tmp_path, capsys):
-    warmup.main(warmup.Config(out=str(tmp_path / "toy"), steps=1, limit=4))
+    warmup.main(warmup.Config(out=str(tmp_path / "toy"), steps=1, limit=4, test_limit=4))
     assert f"next: python rl.py --skip-ratio 0.25 --model {tmp_path / 'toy'}\n" in capsys.readouterr().out
     data, out = tmp_path / "a.jsonl", tmp_path / "svamp"
     data.write_text('{"question": "1 + 1?", "answer_cot": "1 + 1 = 2.", "answer_value": "2"}\n')
     flags = {"task": "svamp", "data": str(data), "test_data": str(data), "max_new_tokens": 4, "steps": 1}
     warmup.main(warmup.Config(model=str(toy_run), out=str(out), **flags))
-    command = f"python rl.py --skip-ratio 0.1 --model {out} --task svamp --data {data} --test-data {data}\n"
-    assert f"next: {command}" in capsys.readouterr().out  # without layer dropout nested models are much worse
+    command = f"python rl.py --skip-ratio 0.1 --model {out}\n"  # without layer dropout nested models are much worse
+    assert f"next: {command}" in capsys.readouterr().out
+    config = rl.Config(model=str(out))
+    assert {name: getattr(config, name) for name in ("task", "data", "test_data", "max_new_tokens")} == {
+        name: flags[name] for name in ("task", "data", "test_data", "max_new_tokens")
+    }
 
 
 def test_checkpoints_on_the_way_can_be_opened(tmp_path, monkeypatch):
