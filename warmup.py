@@ -39,8 +39,10 @@ from rollout import MEASURED, NestedConfig, SharedConfig, check_fit, encode_prom
 from rollout import run_script, skip_pool, token_logp, turn_end
 
 TOY = {"batch": 32, "lr": 4e-3, "beta2": 0.95, "weight_decay": 0.1, "layer_dropout": 0.5, "epochs": 0.9}
+TOY |= {"skip_ratio": 0.25}
 # ReFT, section 4.3 and appendix B: 2 epochs on GSM8K and SVAMP, 5 (programs: 2) on MathQA letters, 10 on MathQA numbers
 PRETRAINED = {"batch": 48, "lr": 1e-5, "beta2": 0.999, "weight_decay": 0.0, "layer_dropout": 0.0, "epochs": 2.0}
+PRETRAINED |= {"skip_ratio": 0.07}
 
 
 @dataclass
@@ -69,7 +71,8 @@ class Config(TrainConfig):
     lr: float | None = flag(None, "reached after a tenth of the steps, then falls to 0 (toy: 4e-3, pretrained: 1e-5)")
     beta2: float | None = flag(None, "AdamW decay of the squared gradient (toy: 0.95, pretrained: 0.999)")
     weight_decay: float | None = flag(None, "AdamW weight decay of the matrices (toy: 0.1, pretrained: 0)")
-    layer_dropout: float | None = flag(None, "share of batches with --skip-ratio at work (toy: 0.5, pretrained: 0)")
+    layer_dropout: float | None = flag(None, "share of batches with layers left out (toy: 0.5, pretrained: 0)")
+    skip_ratio: float | None = flag(None, "share of the layers that they leave out (toy: 0.25, pretrained: 0.07)")
 
     def __post_init__(self):
         super().__post_init__()
@@ -119,7 +122,8 @@ def main(config: Config) -> dict:
             with gathered(model):  # KL(mu||pi) per token: how well the model can do without layers by now
                 numbers["kl_behav"] = nested_kl(model, examples[:MEASURED], torch.stack(masks)).mean().item()
         run.record(numbers, chosen)
-    then = f"python rl.py --skip-ratio {config.skip_ratio:g} --model {config.out}"
+    ratio = f" --skip-ratio {config.skip_ratio:g}" if config.layer_dropout else ""
+    then = f"python rl.py{ratio} --model {config.out}"
     return run.finish(("loss", "greedy_accuracy", "kl_behav"), then)
 
 

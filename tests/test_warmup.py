@@ -142,7 +142,7 @@ def test_the_next_command_carries_the_flags_of_this_run(toy_run, tmp_path, capsy
     data.write_text('{"question": "1 + 1?", "answer_cot": "1 + 1 = 2.", "answer_value": "2"}\n')
     flags = {"task": "svamp", "data": str(data), "test_data": str(data), "max_new_tokens": 4, "steps": 1}
     warmup.main(warmup.Config(model=str(toy_run), out=str(out), **flags))
-    command = f"python rl.py --skip-ratio 0.1 --model {out}\n"  # without layer dropout nested models are much worse
+    command = f"python rl.py --model {out}\n"  # without layer dropout nested models are much worse
     assert f"next: {command}" in capsys.readouterr().out
     config = rl.Config(model=str(out))
     assert {name: getattr(config, name) for name in ("task", "data", "test_data", "max_new_tokens")} == {
