@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+from collections import Counter
 from itertools import accumulate
 from typing import get_args
 
@@ -13,6 +14,7 @@ from families import CONFIGS
 from transformers import LlamaConfig
 
 import rl
+from evaluate import read_metrics
 from model import Decoder, load
 from rollout import grade, sample
 from warmup import Run
@@ -75,19 +77,21 @@ def naive_rows(policy, reference, rollout, reward, correction, advantage) -> lis
     return rows
 
 
-def naive_gradient(model, rollout, rows, chosen, correction, alpha, active) -> list[torch.Tensor]:
-    """The gradient of eq. (11) over the chosen rows; counts in `active` where a clip changes something."""
+def naive_gradient(model, rollout, rows, chosen, correction, alpha, sums) -> list[torch.Tensor]:
+    """The gradient of eq. (11) over the chosen rows; adds up in `sums` what metrics.jsonl has the means of."""
     tokens, loss = sum(len(rows[n]) for n in chosen), 0.0
     for n in chosen:
         stats = row_stats(model, rollout.tokens[n, : rollout.lengths[n]], int(rollout.prompt_lens[n]))
         for (logp, value), kept in zip(stats, rows[n], strict=True):
             ratio = (logp - kept["mu" if correction == "ratio" else "old"]).exp()  # eq. (8)
-            bounded = min(max(ratio, torch.tensor(1 - CLIP)), torch.tensor(1 + CLIP))
-            loss = loss - kept["w"] * min(ratio * kept["A"], bounded * kept["A"])  # eq. (9)
-            near = min(max(value, torch.tensor(kept["V"] - CLIP)), torch.tensor(kept["V"] + CLIP))
-            loss = loss + alpha / 2 * max((value - kept["R"]) ** 2, (near - kept["R"]) ** 2)  # eq. (10)
-            active["policy"] += bool(bounded * kept["A"] < ratio * kept["A"])
-            active["value"] += bool((near - kept["R"]) ** 2 > (value - kept["R"]) ** 2)
+            bounded = ratio.clamp(1 - CLIP, 1 + CLIP)
+            policy = -kept["w"] * min(ratio * kept["A"], bounded * kept["A"])  # eq. (9)
+            near = value.clamp(kept["V"] - CLIP, kept["V"] + CLIP)
+            critic = max((value - kept["R"]) ** 2, (near - kept["R"]) ** 2) / 2  # eq. (10)
+            loss = loss + policy + alpha * critic  # eq. (11)
+            clipped = bool(bounded * kept["A"] < ratio * kept["A"])
+            sums.update(policy_loss=policy.item(), value_loss=critic.item(), clip_fraction=clipped, tokens=1)
+            sums["value clipped"] += bool((near - kept["R"]) ** 2 > (value - kept["R"]) ** 2)
     return torch.autograd.grad(loss / tokens, list(model.parameters()), materialize_grads=True)
 
 
@@ -136,16 +140,20 @@ def test_an_update_is_that_of_the_equations(tiny, tmp_path, monkeypatch, correct
     flags |= {"ppo_epochs": EPOCHS, "gamma": GAMMA, "lam": LAM, "max_new_tokens": 8, "dtype": "float64"}
     rl.main(rl.Config(model="tiny", out=str(tmp_path), correction=correction, advantage=advantage, **flags))
 
-    (policy, rollout), active = drawn[1], {"policy": 0, "value": 0}
+    (policy, rollout), sums = drawn[1], Counter()
     rows = naive_rows(policy, tiny, rollout, reward, correction, advantage)
     assert len({len(row) for row in rows}) > 2 and (advantage == "group" or policy.value_head.weight.any())
     for i, (model, gradients, _, _) in enumerate(updates[4:]):
         alpha = ALPHA if advantage == "gae" else 0.0
         chosen = ([0, 1, 2, 3], [4, 5])[i % 2]
-        expected = naive_gradient(model, rollout, rows, chosen, correction, alpha, active)
+        expected = naive_gradient(model, rollout, rows, chosen, correction, alpha, sums)
         for found, wanted in zip(gradients, expected, strict=True):
             assert (found - wanted).abs().max() < 1e-10
-    assert active["policy"] > 3 and (active["value"] > 3 or advantage == "group")
+    assert sums["clip_fraction"] > 3 and (sums["value clipped"] or advantage == "group")
+    record = read_metrics(tmp_path)[1]
+    for name in ("policy_loss", "value_loss", "clip_fraction"):
+        assert record[name] == pytest.approx(sums[name] / sums["tokens"], abs=1e-9), name
+    assert record["grad_norm"] == pytest.approx(sum(norm for *_, norm in updates[4:]) / 4)
 
     first, second = ([torch.zeros_like(p) for p in tiny.parameters()] for _ in range(2))  # moments of AdamW
     for i, (model, gradients, after, norm) in enumerate(updates, 1):

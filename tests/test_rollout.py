@@ -7,7 +7,7 @@ import torch
 from families import CONFIGS, random_hf_model
 
 from model import Decoder, load, sample_skip
-from reward import Problem, load_problems
+from reward import InputError, Problem, load_problems
 from rollout import (
     LOOK_EVERY,
     Config,
@@ -337,3 +337,17 @@ def test_the_script_prints_completions_of_both_models_and_what_skipping_does(toy
     for name, (grades, speed, kl) in results.items():
         accuracy = grades.outcomes.count("right") / 6
         assert f"{name}: accuracy {accuracy:.3f}, {speed:,.0f} tokens/s, KL({name}||pi) {kl:.4f} per token\n" in out
+
+
+def test_a_prompt_that_fits_exactly_is_accepted_and_one_token_more_refused(decoder, toy_run):
+    model, problems = load(toy_run, None, None), load_problems("toy", "test", limit=1)
+    (prompt,) = encode_prompts(problems, model, SharedConfig(), 1)
+    room = model.config.max_positions - len(prompt)
+    assert encode_prompts(problems, model, SharedConfig(), room) == [prompt]
+    with pytest.raises(InputError, match="too many for the model's context"):
+        encode_prompts(problems, model, SharedConfig(), room + 1)
+    room = decoder.config.max_positions - 1
+    prompt = [7] * (room - 2)
+    assert run(decoder, [prompt], max_new_tokens=3, eos_id=[], num_samples=1).lengths.tolist() == [room + 1]
+    with pytest.raises(ValueError, match="context"):
+        run(decoder, [prompt], max_new_tokens=4)
