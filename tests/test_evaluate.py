@@ -230,3 +230,32 @@ def test_keep_correct_takes_one_run_some_samples_and_another_file_than_data(flag
     with pytest.raises(InputError, match="--keep-correct"):
         flags = {"runs": ("a",), "samples": 1, "keep_correct": "x.jsonl", "task": "gsm8k"} | flags
         evaluate.keep_correct(None, evaluate.Config(**flags))  # refused before the model is touched
+
+
+# ---- what is counted ------------------------------------------------------------------------------------------------
+
+
+def test_maj_votes_in_blocks_of_k_pass_takes_all_samples_at_temperature_1_and_greedy_its_own(toy_run, monkeypatch):
+    """Two problems, four samples; the answers are written here, in place of what the model says."""
+    answers, calls = ["7", "8", "8", "8", "8", "9", "8", "7"], []  # 8 is right
+    real = evaluate.sample
+
+    def sampling(*args, **flags):
+        calls.append((flags.get("temperature", 1.0), flags.get("num_samples", 1), flags.get("skip")))
+        return real(*args, **flags)
+
+    def graded(rollout, *args):
+        given = ["7", "8"] if len(rollout.tokens) == 2 else answers
+        return Grades(given, given, ["right" if answer == "8" else "wrong" for answer in given], None)
+
+    monkeypatch.setattr(evaluate, "sample", sampling)
+    monkeypatch.setattr(evaluate, "grade", graded)
+    problems, config = load_problems("toy", "test", limit=2), warmup.Config(max_new_tokens=3)
+    model = load(toy_run, None, None)
+    model.eos_ids = []  # every completion has 3 tokens
+    monkeypatch.setattr(type(config), "sampling", lambda *_: {"eos_id": [], "pad_id": 0, "max_new_tokens": 3})
+    result = evaluate.evaluate(model, problems, config, samples=4)
+    assert calls == [(0, 1, None), (1.0, 4, None)]
+    assert result["greedy_accuracy"] == 0.5 and result["greedy_length"] == 3.0 and result["problems"] == 2
+    assert [result[f"maj@{k}"] for k in (1, 2, 4)] == [0.625, 0.75, 1.0]
+    assert [result[f"pass@{k}"] for k in (1, 2, 4)] == pytest.approx([(3 / 4 + 2 / 4) / 2, (1 + 5 / 6) / 2, 1.0])

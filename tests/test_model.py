@@ -420,3 +420,17 @@ def test_what_is_saved_tells_no_local_path_and_speaks_as_transformers_4(toy_run,
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<pad>"]}
     assert json.loads((tmp_path / "run" / file.name).read_text()) == marks | kind
     assert not any(str(tmp_path) in file.read_text() for file in (tmp_path / "run").glob("*.json"))
+
+
+def test_a_new_decoder_has_residual_outputs_shrunk_by_sqrt_2_layers_no_biases_and_no_critic():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4, vocab_size=97
+    )
+    config.attention_bias, config.initializer_range = True, 0.3
+    decoder = Decoder(config)
+    for layer in decoder.layers:
+        for weight, expected in ((layer.attention.qkv, 0.3), (layer.attention.out, 0.075), (layer.mlp.down, 0.075)):
+            assert weight.weight.std().item() == pytest.approx(expected, rel=0.02)
+        assert not layer.attention.qkv.bias.any() and (layer.mlp_norm.weight == 1).all()
+    assert not decoder.value_head.weight.any() and not decoder.value_head.bias.any()

@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,6 +171,40 @@ def test_minibatches_hold_every_row_once_a_pass_and_the_learning_rate_rises_and_
     assert [lr for _, lr in batches] == pytest.approx([a * b for a, b in zip(ramp, fall, strict=True)])
 
 
+# ---- defaults -------------------------------------------------------------------------------------------------------
+
+SIZES_OF_RUNS = {"micro_batch": 16, "max_rows": 512}  # ours: memory
+REFT = {  # for pretrained models; paper: ReFT, section 4.3 and appendix B; code: its exps/paper_exps and train_rl_reft.py
+    warmup: {"lr": 1e-5, "batch": 48, "epochs": 2.0}  # paper; 2 epochs are those of GSM8K and SVAMP
+    | {"weight_decay": 0.0, "beta2": 0.999, "max_new_tokens": 400}  # code; 700 tokens of which 300 are the prompt's
+    | {"layer_dropout": 0.0, **SIZES_OF_RUNS},  # ours
+    rl: {"lr": 3e-7, "rollout_batch": 32, "minibatch": 32, "ppo_epochs": 2, "clip": 0.2, "value_coef": 5.0}  # paper
+    | {"kl_coef": 0.05, "gamma": 1.0, "samples": 1, "max_new_tokens": 400}  # code; kl_coef also in the paper
+    | {"lam": 1.0}  # ours; ReFT: 0.95
+    | {"skip_ratio": 0.0, "correction": "truncated", "cap": 2.0, "steps": 1000, **SIZES_OF_RUNS},  # ours
+}
+TOY = {  # ours: a decoder of half a million parameters
+    warmup: {"lr": 4e-3, "batch": 32, "epochs": 0.9, "weight_decay": 0.1, "beta2": 0.95, "layer_dropout": 0.5},
+    rl: {"lr": 1e-4, "rollout_batch": 128, "minibatch": 64, "steps": 20, "kl_coef": 0.01, "value_coef": 0.1}
+    | {"correction": "prefix"},
+}
+
+
+@pytest.mark.parametrize("stage", [warmup, rl], ids=["warmup", "rl"])
+def test_defaults_are_those_of_reft_where_reft_states_one(stage, monkeypatch):
+    monkeypatch.setattr("rollout.execute", lambda *args: None)  # nothing is run: any system will do
+    for task, engine, changes in (
+        ("gsm8k", "nl", {}),
+        ("svamp", "python", {"kl_coef": 0.01} if stage is rl else {}),  # paper: less for programs
+        ("toy", "nl", TOY[stage] | {"max_new_tokens": 64}),
+        ("toy-long", "nl", TOY[stage] | {"max_new_tokens": 128}),
+    ):
+        model = None if stage is warmup and task in ("toy", "toy-long") else "hub/id"
+        config = stage.Config(model=model, task=task, engine=engine)
+        for name, value in (REFT[stage] | changes).items():
+            assert getattr(config, name) == value, (task, engine, name)
+
+
 # ---- the critic -----------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +258,21 @@ def test_whitened_advantages_of_a_long_right_answer_are_negative_at_its_start_wi
     assert start[0.95] < -0.3 and start[1.0] == pytest.approx(1.0)
 
 
+def test_the_critic_takes_the_whole_fit_of_the_first_batch_and_half_of_the_others(toy_run, tmp_path, monkeypatch):
+    shares = []
+    monkeypatch.setattr(rl, "fit_value_head", lambda *args: shares.append(args[-1]))
+    train(toy_run, tmp_path / "rl", steps=3)
+    assert shares == [1.0, 0.5, 0.5]
+
+
+def test_explained_variance_is_1_for_a_perfect_critic_0_for_the_mean_and_less_for_a_wrong_one():
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0]], dtype=torch.bool)
+    returns = torch.tensor([[1.0, 2.0, 9.0], [3.0, 6.0, -9.0]])
+    share = lambda values: rl.explained_variance(values, returns, mask)  # noqa: E731
+    assert share(returns * mask) == 1 and share(torch.full((2, 3), 3.0)) == 0
+    assert share(returns / 2) == pytest.approx(0.75) and share(-returns) == pytest.approx(-3)
+
+
 LATE = {"kl_behav": 0.0, "ess_tokens": 1.0, "length": 60.0, "explained_variance": 0.05}
 
 
@@ -240,6 +290,13 @@ LATE = {"kl_behav": 0.0, "ess_tokens": 1.0, "length": 60.0, "explained_variance"
 def test_a_lam_too_short_for_the_completions_under_a_critic_that_knows_nothing_is_named(change, step, lam, warned):
     found = dict(rl.warnings(LATE | change, step, lam))
     assert ("lam" in found) == warned and all("--lam 1" in text for text in found.values())
+
+
+@pytest.mark.parametrize(
+    ("kl", "ess", "warned"), [(0.049, 0.51, False), (0.051, 0.51, True), (0.049, 0.49, True)], ids=str
+)
+def test_a_mu_that_is_far_from_pi_is_named_beyond_kl_05_or_below_half_of_the_samples(kl, ess, warned):
+    assert ("mu" in dict(rl.warnings(LATE | {"kl_behav": kl, "ess_tokens": ess}, 1, 1.0))) == warned
 
 
 # ---- what breaks silently -------------------------------------------------------------------------------------------
@@ -285,23 +342,13 @@ def test_every_ratio_is_1_at_skip_0_and_lr_0(toy_run, tmp_path):
         assert abs(record["policy_loss"]) < 1e-4  # minus the mean of whitened advantages times ratios of 1
 
 
-@pytest.mark.parametrize("correction", ["none", "truncated", "retrace", "prefix"])
-def test_micro_batch_size_does_not_change_the_update(toy_run, tmp_path, correction):
-    runs = []
-    for micro_batch in (1, 3, 64):
-        flags = {
-            "micro_batch": micro_batch,
-            "dtype": "float64",
-            "skip_ratio": 0.25,
-            "correction": correction,
-            "lr": 1e-3,
-        }
-        runs.append(train(toy_run, tmp_path / str(micro_batch), **flags))
-    for model, records in runs[1:]:
-        for p, q in zip(model.parameters(), runs[0][0].parameters(), strict=True):
-            assert (p - q).abs().max() < 1e-9
-        for name in ("policy_loss", "value_loss", "clip_fraction", "entropy", "kl_ref", "grad_norm", "kl_behav"):
-            assert records[0][name] == pytest.approx(runs[0][1][0][name], abs=1e-9), name
+def test_micro_batch_size_does_not_change_the_update(toy_run, tmp_path):
+    flags = {"dtype": "float64", "skip_ratio": 0.25, "correction": "retrace", "lr": 1e-3}
+    one, whole = (train(toy_run, tmp_path / str(size), micro_batch=size, **flags) for size in (1, 64))
+    for p, q in zip(one[0].parameters(), whole[0].parameters(), strict=True):
+        assert (p - q).abs().max() < 1e-9
+    for name in ("policy_loss", "value_loss", "clip_fraction", "entropy", "kl_ref", "grad_norm", "kl_behav"):
+        assert one[1][0][name] == pytest.approx(whole[1][0][name], abs=1e-9), name
 
 
 def test_a_step_at_refts_learning_rate_changes_the_weights(toy_run, tmp_path):
@@ -466,6 +513,15 @@ def test_logp_behav_that_is_not_finite_raises(toy_run, tmp_path, monkeypatch):
         train(toy_run, tmp_path / "rl")
 
 
+def test_outcome_shares_are_over_completions_and_lengths_count_eos():
+    outcomes = ["right", "right", "wrong", "cut", "error"]
+    grades = rollout.Grades([], [], outcomes, torch.tensor([1.0, 1.0, 0.1, 0.0, 0.0]))
+    rows = SimpleNamespace(lengths=torch.tensor([5, 6, 7, 9, 3]), prompt_lens=torch.tensor([3, 3, 4, 4, 2]))
+    shares = rl.outcome_shares(rows, grades)
+    expected = {"reward": 0.42, "accuracy": 0.4, "length": 14 / 5, "wrong": 0.2, "cut": 0.2, "error": 0.2}
+    assert shares == pytest.approx(expected | {"no_answer": 0, "timeout": 0, "killed": 0})
+
+
 METRICS = """
     step seconds reward accuracy equal_rewards wrong no_answer cut error timeout killed length kl_ref kl_behav kl_behav_k1
     entropy log_ratio_min log_ratio_p1 log_ratio_p50 log_ratio_p99 log_ratio_max above_cap ess_tokens ess_sequences
@@ -474,9 +530,14 @@ METRICS = """
 """
 
 
-def test_a_run_leaves_its_metrics_with_all_that_the_readme_tells_to_watch_and_its_files(toy_run, tmp_path):
-    _, records = train(toy_run, tmp_path / "rl", eval_every=1, samples=2)
+def test_a_run_leaves_its_metrics_with_all_that_the_readme_tells_to_watch_and_its_files(toy_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(warmup, "draw_curves", evaluate.draw_curves)
+    _, records = train(toy_run, tmp_path / "rl", eval_every=1, samples=2, steps=6)
     assert set(records[0]) == set(METRICS.split())
+    for record in records:
+        sampled = record["rollout_tokens_per_second"] * record["rollout_seconds"]
+        assert sampled == pytest.approx(8 * record["length"])  # EOS included
+        assert record["rollout_seconds"] + record["update_seconds"] < record["seconds"]
     readme = (Path(rl.__file__).parent / "README.md").read_text(encoding="utf-8")
     section = readme.split("## What to watch")[1].split("\n## ")[0]
     first_cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
@@ -484,7 +545,8 @@ def test_a_run_leaves_its_metrics_with_all_that_the_readme_tells_to_watch_and_it
     assert len(watched) > 8 and watched <= set(records[0])
     for file in ("config.json", "model.safetensors", "value_head.pt", "run.json", "evaluation.json", "curves.png"):
         assert (tmp_path / "rl" / file).stat().st_size > 0
-    assert ">>>" in (tmp_path / "rl" / "samples.txt").read_text(encoding="utf-8")
+    samples = (tmp_path / "rl" / "samples.txt").read_text(encoding="utf-8")
+    assert re.findall(r"--- step (\d+), ", samples) == ["1", "1", "6", "6"] and samples.count(">>>") == 4  # every fifth
 
 
 def test_program_chains_of_thought_go_through_all_stages(tmp_path):

@@ -449,3 +449,17 @@ def test_what_is_sampled_in_the_midst_of_an_answer_is_not_dropped(between, toy_r
     rollout = Rollout(tokens, torch.ones_like(ends), ends, None, None, torch.tensor([True]), None)
     grades = grade(rollout, [Problem("q", "", "18")], model, SharedConfig())
     assert grades.rewards[0] < 1 and "18" not in grades.texts[0] and not grades.texts[0].endswith("<eos>")
+
+
+def test_a_prompt_that_fits_exactly_is_accepted_and_one_token_more_refused(decoder, toy_run):
+    model, problems = load(toy_run, None, None), load_problems("toy", "test", limit=1)
+    (prompt,) = encode_prompts(problems, model, SharedConfig(), 1)
+    room = model.config.max_positions - len(prompt)
+    assert encode_prompts(problems, model, SharedConfig(), room) == [prompt]
+    with pytest.raises(InputError, match="exceed the model's context"):
+        encode_prompts(problems, model, SharedConfig(), room + 1)
+    room = decoder.config.max_positions - 1
+    prompt = [7] * (room - 2)
+    assert run(decoder, [prompt], max_new_tokens=3, eos_id=[], num_samples=1).lengths.tolist() == [room + 1]
+    with pytest.raises(ValueError, match="context"):
+        run(decoder, [prompt], max_new_tokens=4)

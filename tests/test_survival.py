@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from soak import soak, state
+from torch.utils.checkpoint import checkpoint
 
 import rl
 import warmup
@@ -531,6 +532,18 @@ def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(toy_run, 
     less, found = saved_bytes(decoder, tokens)
     assert less < 0.5 * much
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize(("stage", "passes"), [("warmup", 1), ("rl", 4)])
+def test_with_gradient_checkpointing_every_layer_of_every_training_pass_keeps_its_input_alone(
+    toy_run, tmp_path, monkeypatch, stage, passes
+):
+    calls = []
+    monkeypatch.setattr("model.checkpoint", lambda *args, **flags: calls.append(1) or checkpoint(*args, **flags))
+    for wanted in (False, True):
+        flags = {"out": tmp_path / str(wanted), "gradient_checkpointing": wanted, "steps": 1}
+        warm(**flags) if stage == "warmup" else reinforce(toy_run, **flags)
+        assert len(calls) == passes * 8 * wanted  # 8 layers
 
 
 def test_the_bf16_reference_gives_the_same_numbers_in_less_memory(toy_run):

@@ -14,15 +14,15 @@ from reward import InputError, Problem, load_problems, score
 from rollout import token_logp
 from warmup import Run, batch_indices, collate, encode_examples, micro_batches
 
+SHORT = {"steps": 3, "limit": 60, "test_limit": 8, "batch": 8, "max_new_tokens": 2, "dtype": "float64"}
+
 
 def weights(run, dtype="float64"):
     return list(load(run, None, dtype).parameters())
 
 
 def train(out, **flags):
-    warmup.main(
-        warmup.Config(out=str(out), **({"steps": 3, "limit": 60, "test_limit": 60, "dtype": "float64"} | flags))
-    )
+    warmup.main(warmup.Config(out=str(out), **(SHORT | flags)))
     return out
 
 
@@ -86,7 +86,7 @@ def test_layer_dropout_trains_nested_models_in_its_share_of_batches(tmp_path, mo
     real = warmup.Decoder.forward
     spy = lambda self, t, skip=None, *a, **k: masks.append(skip) or real(self, t, skip, *a, **k)  # noqa: E731
     monkeypatch.setattr(warmup.Decoder, "forward", spy)
-    train(tmp_path, steps=60, layer_dropout=0.5, limit=40, micro_batch=32)  # one pass a step
+    train(tmp_path, steps=60, layer_dropout=0.5, micro_batch=8)  # one pass a step
     skips = [mask for mask in masks[:60] if mask is not None]
     assert 20 < len(skips) < 40
     assert all(int(skip.sum()) == 2 for skip in skips) and len({tuple(skip.tolist()) for skip in skips}) > 5
@@ -103,6 +103,60 @@ def test_layer_dropout_draws_as_many_layers_from_the_pool_as_rl_will_and_says_ho
     assert {tuple(mask.nonzero().flatten().tolist()) for mask in masks} == {(cheapest[0],), (cheapest[1],)}
     kl = [record.get("kl_behav") for record in read_metrics(run)]
     assert [x is None for x in kl] == [True, False] * 6 and all(x > 0 for x in kl if x is not None)
+
+
+def test_the_learning_rate_rises_over_a_tenth_of_the_run_and_falls_linearly_over_all_of_it(tmp_path):
+    train(tmp_path, steps=20, lr=1.0, batch=2, eval_every=8)
+    records = read_metrics(tmp_path)
+    expected = [min(step / 2, (21 - step) / 18) for step in range(1, 21)]  # the last step still learns
+    assert [record["lr"] for record in records] == pytest.approx(expected)
+    assert [record["step"] for record in records if "greedy_accuracy" in record] == [8, 16]
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"), [({"epochs": 2.0}, 6), ({"epochs": 0.5}, 2), ({"steps": 3, "epochs": 9}, 3)]
+)
+def test_epochs_times_problems_over_batch_steps_are_taken_unless_steps_says_otherwise(tmp_path, flags, steps):
+    train(tmp_path, **{"steps": None, "limit": 13, "batch": 4} | flags)
+    assert len(read_metrics(tmp_path)) == steps
+
+
+@pytest.fixture
+def run(toy_run, tmp_path):
+    """A Run of stage 1 with Adam's parameters away from their defaults."""
+    model = load(toy_run, None, "float64")
+    config = warmup.Config(model=str(toy_run), out=str(tmp_path / "run"), limit=2, max_new_tokens=4)
+    return Run("warmup", config, model, {"the training problems": [2]}, 10, decay=0.5, beta2=0.75)
+
+
+def test_matrices_decay_norms_and_biases_do_not(run):
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    for parameter in run.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    run.update(0.1, torch.tensor(0.0))
+    for name, parameter in run.model.named_parameters():
+        assert torch.allclose(parameter, before[name] * (0.95 if parameter.dim() == 2 else 1.0), atol=1e-15), name
+    assert all(group["betas"] == (0.9, 0.75) for group in run.optimizer.param_groups)
+
+
+@pytest.mark.parametrize(("size", "kept"), [(0.5, 0.5), (40.0, 1.0)])
+def test_the_gradient_is_clipped_to_norm_1_and_its_norm_before_is_returned(run, size, kept):
+    weight, seen = run.model.norm.weight, []
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[3] = size
+    run.optimizer.register_step_pre_hook(lambda *_: seen.append(weight.grad.norm().item()))
+    assert run.update(0.0, torch.tensor(1.0)) == pytest.approx(size) and seen == pytest.approx([kept], rel=1e-6)
+
+
+def test_an_example_that_fills_the_context_exactly_is_accepted_and_one_token_more_refused(toy_run):
+    model, problems = load(toy_run, None, None), load_problems("toy", "train", limit=1)
+    ((prompt, completion),) = encode_examples(problems, model, warmup.Config())
+    length, config = len(prompt) + len(completion), model.config
+    config.max_positions = length
+    assert encode_examples(problems, model, warmup.Config()) == [(prompt, completion)]
+    config.max_positions = length - 1
+    with pytest.raises(InputError, match=f"context of {length - 1} tokens.* of {length} tokens"):
+        encode_examples(problems, model, warmup.Config())
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
