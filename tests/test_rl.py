@@ -514,12 +514,12 @@ def test_logp_behav_that_is_not_finite_raises(toy_run, tmp_path, monkeypatch):
 
 
 def test_outcome_shares_are_over_completions_and_lengths_count_eos():
-    outcomes = ["right", "right", "wrong", "cut", "error"]
-    grades = rollout.Grades([], [], outcomes, torch.tensor([1.0, 1.0, 0.1, 0.0, 0.0]))
-    rows = SimpleNamespace(lengths=torch.tensor([5, 6, 7, 9, 3]), prompt_lens=torch.tensor([3, 3, 4, 4, 2]))
-    shares = rl.outcome_shares(rows, grades)
-    expected = {"reward": 0.42, "accuracy": 0.4, "length": 14 / 5, "wrong": 0.2, "cut": 0.2, "error": 0.2}
-    assert shares == pytest.approx(expected | {"no_answer": 0, "timeout": 0, "killed": 0})
+    outcomes = ["right", "right", "wrong", "cut", "error", "error"]
+    grades = rollout.Grades([], [], outcomes, torch.tensor([1.0, 1.0, 0.1, 0.0, 0.0, 0.0]))
+    rows = SimpleNamespace(lengths=torch.tensor([5, 6, 7, 9, 3, 3]), prompt_lens=torch.tensor([3, 3, 4, 4, 2, 2]))
+    shares = rl.outcome_shares(rows, grades, 2)
+    expected = {"reward": 0.35, "accuracy": 1 / 3, "length": 15 / 6, "wrong": 1 / 6, "cut": 1 / 6, "error": 1 / 3}
+    assert shares == pytest.approx(expected | {"no_answer": 0, "timeout": 0, "killed": 0, "equal_rewards": 2 / 3})
 
 
 METRICS = """
