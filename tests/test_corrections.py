@@ -325,6 +325,9 @@ def test_mismatch_by_hand():
     assert got["reward_under_pi"] == pytest.approx(2 / 3)
     assert got["log_ratio_max"] == pytest.approx(math.log(4)) and got["log_ratio_p50"] == pytest.approx(0)
     assert sum(sequences) == 3
+    assert got["log_ratio_min"] == pytest.approx(math.log(0.5))
+    assert got["log_ratio_p1"] == pytest.approx(0.98 * math.log(0.5))  # a hundredth of the way, two per gap
+    assert got["log_ratio_p99"] == pytest.approx(0.98 * math.log(4))
 
 
 def test_kl_and_entropy_from_the_samples_of_mu_are_unbiased():

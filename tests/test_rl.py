@@ -210,7 +210,8 @@ def test_defaults_are_those_of_reft_where_reft_states_one(stage, monkeypatch):
 
 def fitted(toy_run, share, ridge, monkeypatch, rows=24):
     """A float64 model whose head was fitted to random returns; its features, those returns, and its weights before."""
-    monkeypatch.setattr(rl, "RIDGE", ridge)
+    if ridge is not None:
+        monkeypatch.setattr(rl, "RIDGE", ridge)
     model = load(toy_run, None, "float64")
     torch.nn.init.normal_(model.value_head.weight, generator=torch.Generator().manual_seed(0))
     before = copy.deepcopy(model)
@@ -230,6 +231,16 @@ def test_the_value_head_is_fitted_by_least_squares_over_the_actions_alone(toy_ru
     best = torch.linalg.lstsq(features, returns[:, None]).solution[:, 0]
     found = torch.cat([model.value_head.weight.detach()[0], model.value_head.bias.detach()])
     assert len(hidden) > 2 * features.shape[1] and (found - best).abs().max() < 1e-4
+
+
+def test_moving_away_from_the_last_fit_costs_more_the_fewer_completions_there_are_for_a_feature(toy_run, monkeypatch):
+    model, before, hidden, returns = fitted(toy_run, 1.0, None, monkeypatch)
+    weight, bias = (p.detach().clone().requires_grad_() for p in model.value_head.parameters())
+    size = hidden.square().sum(0)  # (64,): of each feature over the batch
+    penalty = 0.04 * (64 / 24) ** 2 * (size * (weight - before.value_head.weight) ** 2).sum()  # not on the bias
+    objective = (returns - (hidden @ weight[0] + bias)).square().sum() + penalty
+    objective.backward()
+    assert max(weight.grad.abs().max(), bias.grad.abs().max()) < 1e-5 < penalty  # it is at the minimum
 
 
 def test_the_fit_moves_the_head_by_its_share_and_the_trunk_not_at_all(toy_run, monkeypatch):
@@ -491,6 +502,14 @@ def test_self_training_is_equation_1_on_right_and_annotated_completions(toy_run,
     for got, parameter in zip(gradients[0], model.parameters(), strict=True):
         assert (got is None) == (parameter.grad is None or not parameter.grad.any())  # the value head
         assert got is None or (got - parameter.grad).abs().max() < 1e-9
+
+
+def test_the_numbers_of_self_training_are_means_over_its_updates(monkeypatch):
+    steps = iter([(1.0, 4.0), (3.0, 8.0)])
+    monkeypatch.setattr(rl, "supervised_step", lambda run, examples, lr: next(steps))
+    batches = [(torch.tensor([1, 0]), 0.1), (torch.tensor([2]), 0.1), (torch.tensor([], dtype=torch.int64), 0.1)]
+    found = rl.self_training_update(None, ["a", "b", "c"], batches)  # an empty minibatch is none
+    assert found == {"policy_loss": 2.0, "grad_norm": 6.0, "value_loss": 0.0, "clip_fraction": 0.0}
 
 
 def test_self_training_with_nothing_to_learn_from_changes_nothing(toy_run, tmp_path, monkeypatch):

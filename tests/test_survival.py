@@ -65,12 +65,27 @@ def stopped(train, step):
         train()
 
 
+@pytest.fixture(scope="module")
+def whole(toy_run, tmp_path_factory):
+    """A run of rl.py that nobody disturbed."""
+    run = tmp_path_factory.mktemp("whole") / "rl"
+    reinforce(toy_run, run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def two_steps(toy_run, tmp_path_factory):
+    """The first half of that run; tests copy it."""
+    run = tmp_path_factory.mktemp("half") / "rl"
+    stopped(lambda: reinforce(toy_run, run), 2)
+    return run
+
+
 # ---- resume ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layer_dropout", [0.0, 0.9])
-def test_warm_up_stopped_and_resumed_equals_one_run_to_the_bit(tmp_path, layer_dropout):
-    flags = {"layer_dropout": layer_dropout, "eval_every": 1}
+def test_warm_up_stopped_and_resumed_equals_one_run_to_the_bit(tmp_path):
+    flags = {"layer_dropout": 0.9, "eval_every": 1}
     warm(tmp_path / "one", **flags)
     stopped(lambda: warm(tmp_path / "two", **flags), 2)
     assert len(read_metrics(tmp_path / "two")) == 2
@@ -78,55 +93,41 @@ def test_warm_up_stopped_and_resumed_equals_one_run_to_the_bit(tmp_path, layer_d
     assert state(tmp_path / "two") == state(tmp_path / "one")
 
 
-@pytest.mark.parametrize("correction", ["truncated", "prefix"])
-def test_rl_stopped_and_resumed_equals_one_run_to_the_bit(toy_run, tmp_path, correction):
-    reinforce(toy_run, tmp_path / "one", correction=correction)
-    stopped(lambda: reinforce(toy_run, tmp_path / "two", correction=correction), 2)
-    assert len(read_metrics(tmp_path / "two")) == 2
-    reinforce(toy_run, tmp_path / "two", correction=correction, resume=True)
-    assert state(tmp_path / "two") == state(tmp_path / "one")
+def test_rl_stopped_and_resumed_equals_one_run_to_the_bit(toy_run, whole, two_steps, tmp_path):
+    assert len(read_metrics(two_steps)) == 2
+    shutil.copytree(two_steps, tmp_path / "two")
+    reinforce(toy_run, tmp_path / "two", resume=True)
+    assert state(tmp_path / "two") == state(whole)
 
 
-def test_lines_past_the_checkpoint_are_cut_on_resume(toy_run, tmp_path, monkeypatch):
-    reinforce(toy_run, tmp_path / "one")
+def test_lines_past_the_checkpoint_are_cut_on_resume(toy_run, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         hit_at(patch, 3, crash)
         with pytest.raises(KeyError):
-            reinforce(toy_run, tmp_path / "two", save_every=2)
-    with (tmp_path / "two" / "metrics.jsonl").open("a") as file:
+            reinforce(toy_run, tmp_path, save_every=2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "sec')  # half a line
-    reinforce(toy_run, tmp_path / "two", resume=True)
-    assert state(tmp_path / "two") == state(tmp_path / "one")
+    reinforce(toy_run, tmp_path, resume=True)
+    assert state(tmp_path) == state(whole)
 
 
 @pytest.mark.parametrize("crashed", [False, True])
-def test_resume_with_nothing_there_starts_from_the_beginning(toy_run, tmp_path, monkeypatch, capsys, crashed):
-    reinforce(toy_run, tmp_path / "one", steps=2)
+def test_resume_with_nothing_there_starts_from_the_beginning(toy_run, whole, tmp_path, monkeypatch, capsys, crashed):
     if crashed:  # before its first checkpoint
         with monkeypatch.context() as patch:
             hit_at(patch, 1, crash)
             with pytest.raises(KeyError):
-                reinforce(toy_run, tmp_path / "two", steps=2)
-        assert len(read_metrics(tmp_path / "two")) == 1
-    reinforce(toy_run, tmp_path / "two", steps=2, resume=True)
+                reinforce(toy_run, tmp_path)
+        assert len(read_metrics(tmp_path)) == 1
+    reinforce(toy_run, tmp_path, resume=True)
     assert "nothing to resume" in capsys.readouterr().out
-    assert state(tmp_path / "two") == state(tmp_path / "one")
+    assert state(tmp_path) == state(whole)
 
 
-def test_a_finished_run_resumed_changes_nothing(toy_run, tmp_path):
-    reinforce(toy_run, tmp_path / "rl", steps=2)
-    before = state(tmp_path / "rl")
-    for _ in range(2):
-        reinforce(toy_run, tmp_path / "rl", steps=2, resume=True)
-    assert state(tmp_path / "rl") == before
-
-
-@pytest.fixture(scope="module")
-def two_steps(toy_run, tmp_path_factory):
-    """The first half of a run of rl.py; tests copy it."""
-    run = tmp_path_factory.mktemp("half") / "rl"
-    stopped(lambda: reinforce(toy_run, run), 2)
-    return run
+def test_a_finished_run_resumed_changes_nothing(toy_run, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "rl")
+    reinforce(toy_run, tmp_path / "rl", resume=True)
+    assert state(tmp_path / "rl") == state(whole)
 
 
 @pytest.mark.parametrize("stage", ["warmup", "rl"])
@@ -155,16 +156,14 @@ def test_a_model_without_trainer_pt_is_not_resumed_and_stays_as_it_is(toy_run, t
     assert snapshot(tmp_path / "run") == before
 
 
-def test_resume_reads_trainer_pt_and_the_logs_and_nothing_else(toy_run, two_steps, tmp_path):
-    reinforce(toy_run, tmp_path / "one")
-    (tmp_path / "two").mkdir()
+def test_resume_reads_trainer_pt_and_the_logs_and_nothing_else(toy_run, whole, two_steps, tmp_path):
     for name in ("trainer.pt", *warmup.LOGS):
         if (two_steps / name).exists():
-            shutil.copy(two_steps / name, tmp_path / "two")
+            shutil.copy(two_steps / name, tmp_path)
     for name in ("model.safetensors", "value_head.pt", "config.json"):
-        (tmp_path / "two" / name).write_text("of another save")
-    reinforce(toy_run, tmp_path / "two", resume=True)
-    assert state(tmp_path / "two") == state(tmp_path / "one")
+        (tmp_path / name).write_text("of another save")
+    reinforce(toy_run, tmp_path, resume=True)
+    assert state(tmp_path) == state(whole)
 
 
 def test_a_log_that_is_shorter_than_at_the_checkpoint_is_refused(toy_run, two_steps, tmp_path):
@@ -202,12 +201,11 @@ def test_a_run_is_not_resumed_with_other_steps(toy_run, two_steps, tmp_path, sta
     assert snapshot(tmp_path / "run") == before
 
 
-def test_flags_that_change_nothing_are_free_on_resume(toy_run, two_steps, tmp_path):
-    reinforce(toy_run, tmp_path / "one")
+def test_flags_that_change_nothing_are_free_on_resume(toy_run, whole, two_steps, tmp_path):
     shutil.copytree(two_steps, tmp_path / "two")
     free = {"micro_batch": 3, "max_rows": 4, "gradient_checkpointing": True, "save_every": 1, "eval_every": 4}
     reinforce(toy_run, tmp_path / "two", resume=True, **free)
-    one, two = (load(tmp_path / name, None, None).state_dict() for name in ("one", "two"))
+    one, two = (load(run, None, None).state_dict() for run in (whole, tmp_path / "two"))
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-4
 
 
@@ -273,19 +271,19 @@ def test_kill_9_at_any_moment_leaves_a_whole_trainer_pt_and_other_files_of_it_or
     save(0)
     seconds = time.perf_counter() - started
     last, advanced = 0, 0
-    for attempt in range(25):
+    for attempt in range(12):
         child = os.fork()  # no imports: it saves from its first moment on
         if child == 0:
             for number in range(last + 1, last + 10_000):
                 save(number)
-        time.sleep(seconds * (0.2 + 0.15 * attempt))
+        time.sleep(seconds * (0.2 + 0.3 * attempt))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         found, others = check(run)
         assert found >= last and others <= {found, found + 1}
         advanced += found > last
         last = found
-    assert advanced > 10  # or the kills came before anything was saved
+    assert advanced > 4  # or the kills came before anything was saved
 
 
 def test_kill_9_before_any_rename_of_a_save_leaves_trainer_pt_as_it_was(saver, monkeypatch):
@@ -588,6 +586,19 @@ def test_out_of_memory_is_one_line_that_names_the_flags_to_turn(toy_run, tmp_pat
         assert all(flag in line[0] for flag in ("--micro-batch", "--max-rows", "--gradient-checkpointing"))
 
 
+@pytest.mark.parametrize(
+    ("error", "code"), [(InputError, 2), (OSError, 1), (FloatingPointError, 1), (KeyboardInterrupt, 130)]
+)
+def test_bad_input_leaves_with_2_a_failed_log_or_numbers_gone_bad_with_1_and_ctrl_c_with_130(monkeypatch, error, code):
+    def fail(config):
+        raise error("why")
+
+    monkeypatch.setattr("sys.argv", ["x.py"])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(fail, warmup.Config)
+    assert stopped.value.code == code
+
+
 def test_peak_memory_is_logged(toy_run):
     assert all(0.1 < record["peak_memory_gb"] < 100 for record in read_metrics(toy_run))
 
@@ -595,6 +606,7 @@ def test_peak_memory_is_logged(toy_run):
 # ---- all of it ------------------------------------------------------------------------------------------------------
 
 
-def test_a_short_soak_ends_with_the_weights_of_an_undisturbed_run(tmp_path):
-    hits = soak(tmp_path, minutes=0.4, steps=10, longest=2.0)
+def test_a_short_soak_ends_with_the_weights_of_an_undisturbed_run(toy_run, tmp_path):
+    shutil.copytree(toy_run, tmp_path / "warmup")
+    hits = soak(tmp_path, minutes=0.15, steps=5, longest=2.0)
     assert hits.pop("steps") > 0 and hits.total() > 0
