@@ -274,6 +274,7 @@ class Run:
         if rank() == 0:
             self.cut_logs(saved["log_sizes"] if saved else {})
             write_json(self.out / "run.json", asdict(config))
+        self.updates = self.left_out = 0  # of one step; left out: not finite
         self.stop, self.saved = [], time.monotonic()  # the signal that asked for the end; when the last save was
         names = ("task", "device", "dtype", "lr", "layer_dropout", "skip_ratio", "advantage", "correction", "lam")
         flags = "".join(f", {name} {getattr(config, name)}" for name in names if hasattr(config, name))
@@ -334,7 +335,7 @@ class Run:
         self.bar = tqdm(range(done + 1, self.last + 1), name, self.last, initial=done, disable=rank() > 0)
         try:
             for step in self.bar:
-                self.started, self.updates, self.left_out = time.perf_counter(), 0, 0  # left out: not finite
+                self.started, self.updates, self.left_out = time.perf_counter(), 0, 0
                 yield step
                 if self.stopped() or len(self.state["bad_in_a_row"]) >= BAD_IN_A_ROW:
                     break
