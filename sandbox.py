@@ -388,7 +388,7 @@ def run_child(size: int, outside: int, seccomp: bytes) -> None:
 def result_text(value: object) -> str:
     """An int, float, Fraction, Decimal, numpy or sympy number as text. Raises on anything else, and on a long text.
 
-    Whole numbers and fractions are exact, others have 12 digits: 0.1 + 0.2 is 0.30000000000000004 in binary.
+    Whole numbers and fractions are exact, others have all their digits but the dust of 0.1 + 0.2 = 0.30000000000000004.
     """
     if isinstance(value, bool):
         raise TypeError("a truth value is no number")
@@ -406,7 +406,11 @@ def result_text(value: object) -> str:
             value = float(value)
         if not math.isfinite(value):
             raise ValueError("not finite")
-        text = f"{value:.0f}" if abs(value) < 10**18 and value == int(value) else f"{value:.12g}"
+        text = f"{value:.12g}"
+        if not math.isclose(float(text), value, rel_tol=1e-13):
+            text = f"{value:.15g}"
+        if abs(value) < 10**18 and value == int(value):
+            text = f"{value:.0f}"
     if len(text) > MAX_ANSWER:
         raise ValueError("too long")
     return text

@@ -38,6 +38,14 @@ OPTIONS = "a ) 38 , b ) 27.675 , c ) 30 , d ) data inadequate , e ) none of thes
 
 # (what stands after the marker, gold, reward, why)
 NUMBERS = [
+    ("$18M", "18", 0.0, "a letter that scales"),
+    ("18 K per year.", "18", 0.0, "another, and words behind it"),
+    ("$18 m", "18", 0.0, "millions, after a currency"),
+    ("18 m", "18", 1.0, "metres"),
+    ("1/3", "0.33", 1.0, "what the gold is a rounding of"),
+    ("14.2857", "14.3", 1.0, "the same in decimals"),
+    ("0.667", "0.7", 1.0, "two decimals more than the gold"),
+    ("0.46", "0.5", 0.1, "one decimal more is a number of its own"),
     # plain numbers
     ("18", "18", 1.0, "an integer"),
     ("17", "18", 0.1, "another integer"),
@@ -350,7 +358,13 @@ MARKERS = [
     ("\\boxed{18} or \\boxed{20", "18", 1.0, "a box that stays open is no marker"),
     ("\\boxed{\\boxed{18}}", "18", 1.0, "a box in a box"),
     ("\\boxed{18", "18", 0.0, "an open box"),
-    ("\\boxed{18\n}", "18", 0.0, "a box ends in its line"),
+    (r"\boxed{1,\!080}", "1080", 1.0, "a negative thin space"),
+    (r"\boxed{1\;080}", "1080", 1.0, "a thick space parts thousands"),
+    (r"\boxed{1~080}", "1080", 1.0, "so does a tie"),
+    (r"\boxed {\dfrac { 3 } {4} }", "3/4", 1.0, "spaces before and in braces"),
+    (r"\fbox{18}", "18", 1.0, "a framed box"),
+    ("\\boxed{\n18\n}", "18", 1.0, "line breaks in a box"),
+    ("\\boxed{18\n\n}", "18", 0.0, "a box ends in its paragraph"),
     ("\\boxed{}", "18", 0.0, "an empty box"),
     ("\\boxed{18, 20}", "18", 0.0, "a list in a box"),
     ("\\boxed{The answer is 18}", "18", 1.0, "a marker in a box"),
@@ -367,6 +381,11 @@ LIST = "['a ) 1 / 2', 'b ) 4 : 1', 'c ) rs . 1,250', 'd ) d ) 12 %', 'e ) 12']"
 TWINS = "a ) 38 , b ) 38 , c ) 30 , d ) none , e ) none"
 # (what stands after the marker, options, gold, reward, why)
 LETTERS = [
+    ("(a) (b)", OPTIONS, "a", 0.0, "two letters"),
+    ("a) b)", OPTIONS, "a", 0.0, "two letters, half in brackets"),
+    ("(a) (a)", OPTIONS, "a", 1.0, "one letter, twice"),
+    ("A - 38", OPTIONS, "a", 1.0, "a letter and the text of its option"),
+    ("B - 38", OPTIONS, "b", 0.0, "a letter and the text of another"),
     ("a", OPTIONS, "a", 1.0, "a letter"),
     ("A", OPTIONS, "a", 1.0, "upper case"),
     ("a", OPTIONS, "A", 1.0, "upper case as gold"),
