@@ -2,9 +2,11 @@
 
 import copy
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ import warmup
 from model import load
 from reward import InputError, load_problems
 from rl import gae, policy_loss, value_loss, whiten
-from rollout import grade, sample
+from rollout import Grades, grade, sample
 from warmup import Run, collate, encode_examples
 
 PAD, EOS = 0, 1
@@ -453,6 +455,21 @@ def test_logp_behav_that_is_not_finite_raises(toy_run, tmp_path, monkeypatch):
     monkeypatch.setattr(rl, "sample", broken)
     with pytest.raises(FloatingPointError, match="logp_behav"):
         train(toy_run, tmp_path / "rl")
+
+
+def test_questions_whose_samples_all_earned_the_same_are_counted():
+    row = torch.ones(6, dtype=torch.int64)
+    rollout = SimpleNamespace(lengths=row, prompt_lens=row)
+    for rewards, samples, share in (([0, 0, 1, 0.1, 1, 1], 2, 2 / 3), ([0, 0, 1, 1, 1, 1], 3, 1 / 2)):
+        grades = Grades([], [], ["right"] * 6, torch.tensor(rewards, dtype=torch.float32))
+        assert rl.outcome_shares(rollout, grades, samples)["equal_rewards"] == pytest.approx(share)
+
+
+def test_a_critic_explains_nothing_of_equal_returns():
+    mask, values = torch.ones(2, 3, dtype=torch.bool), torch.tensor([[0.1, -0.2, 0.3]] * 2)
+    for returns in (torch.zeros(2, 3), torch.full((2, 3), 0.1)):
+        assert math.isnan(rl.explained_variance(values, returns, mask))
+    assert rl.explained_variance(values, values, mask) == 1
 
 
 METRICS = """
