@@ -58,6 +58,60 @@ def test_several_runs_give_one_table_one_figure_and_a_file_each(toy_run, tmp_pat
     assert "maj@3" in lines[0] and "pass@2" in lines[0]
 
 
+def test_maj_at_k_is_the_mean_over_blocks_of_k_samples_and_maj_at_1_is_pass_at_1(toy_run, tmp_path, monkeypatch):
+    """Two problems of gold 8, and one that is cut; every completion is there to be read."""
+    says = {1: ["8", "9", "7"], 5: [*"88978", *"77899", *[None] * 5]}  # samples of a problem -> answers
+
+    def graded(rollout, problems, model, config):
+        answers = says[len(rollout.tokens) // 3]
+        outcomes = [{"8": "right", None: "cut"}.get(answer, "wrong") for answer in answers]
+        return Grades([f"say {answer}" for answer in answers], answers, outcomes, None)
+
+    monkeypatch.setattr(evaluate, "grade", graded)
+    problems, config = load_problems("toy", "test", limit=3), warmup.Config(max_new_tokens=2)
+    result = evaluate.evaluate(load(toy_run, None, None), problems, config, samples=5, out=tmp_path)
+    assert result["greedy_outcomes"] == pytest.approx({"right": 1 / 3, "wrong": 2 / 3})
+    assert result["maj@1"] == result["pass@1"] == pytest.approx(4 / 15)  # 3 + 1 + 0 of 15
+    assert result["maj@2"] == pytest.approx((1 + 0 + 0 + 1 + 0 + 0) / 6)  # 88 97, 77 89, nothing
+    assert result["maj@4"] == result["maj@5"] == pytest.approx(1 / 3)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["maj@2"] == result["maj@2"]
+    lines = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
+    asked = [(i, 0, says[1][i]) for i in range(3)] + [(n // 5, 1, answer) for n, answer in enumerate(says[5])]
+    for line, (i, temperature, answer) in zip(lines, asked, strict=True):
+        assert line["question"] == problems[i].question and line["gold"] == problems[i].answer
+        assert (line["temperature"], line["answer"], line["completion"]) == (temperature, answer, f"say {answer}")
+    assert [line["outcome"] for line in lines[:3]] == ["right", "wrong", "wrong"] and lines[-1]["outcome"] == "cut"
+
+
+def test_a_model_that_is_no_run_is_not_written_to_and_a_full_disk_loses_no_numbers(
+    toy_run, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(toy_run, tmp_path / "plain")
+    (tmp_path / "plain" / "run.json").unlink()
+    before = sorted((tmp_path / "plain").iterdir())
+    monkeypatch.chdir(tmp_path)
+    flags = {"runs": ("./plain/",), "test_limit": 3, "max_new_tokens": 2, "task": "toy"}
+    (result,) = evaluate.main(evaluate.Config(**flags))
+    assert sorted((tmp_path / "plain").iterdir()) == before
+    assert json.loads(Path("runs/evaluation-plain/evaluation.json").read_text())["problems"] == result["problems"] == 3
+    capsys.readouterr()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluate, "write_json", full)
+    monkeypatch.setattr(evaluate, "make_folder", Path)
+    assert evaluate.main(evaluate.Config(**flags)) == [result]
+    out = capsys.readouterr().out
+    assert "warning: runs/evaluation-plain: the evaluation cannot be written (No space left" in out
+    assert "greedy accuracy" in out
+
+
+def test_half_a_line_at_the_end_of_a_log_is_not_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "sec')
+    assert evaluate.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
 # ---- groups of runs -------------------------------------------------------------------------------------------------
 
 
@@ -116,6 +170,22 @@ def test_what_the_model_was_warmed_up_with_tells_groups_apart(tmp_path):
         ("0.0", [0.8, 0.9]),
         ("0.5", [0.7]),
     ]
+
+
+def test_groups_do_not_depend_on_the_folder_that_evaluate_is_started_from(tmp_path, monkeypatch):
+    for name, dropout in (("w0", 0.5), ("w1", 0.0)):
+        write_run(tmp_path / "runs" / name, [0.5], layer_dropout=dropout)
+    for i, (warm_up, free) in enumerate((("w0", False), ("w1", False), ("w1", True))):
+        flags = {"model": f"runs/{warm_up}", "gradient_checkpointing": free, "unsafe_exec": free, "eval_every": i}
+        write_run(tmp_path / "runs" / "study" / str(i), [0.9], **flags)
+    for folder in (tmp_path, tmp_path / "runs", tmp_path / "runs" / "study"):
+        monkeypatch.chdir(folder)
+        runs = sorted(map(str, (tmp_path / "runs" / "study").iterdir()))
+        runs = tuple(str(Path(run).relative_to(folder)) for run in runs)
+        compare_groups(tmp_path, runs, [{"greedy_accuracy": x} for x in (0.7, 0.8, 0.9)])
+        rows = json.loads((tmp_path / "study.json").read_text())
+        assert sorted(row["greedy_accuracy"] for row in rows) == [[0.7], [0.8, 0.9]]
+        (tmp_path / "study.json").unlink()
 
 
 @pytest.mark.parametrize("ratios", [(0.25, 0.25, 0.25), (0.0, 0.125, 0.25)])

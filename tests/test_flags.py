@@ -14,6 +14,7 @@ import evaluate
 import rl
 import rollout
 import warmup
+from reward import InputError
 
 SCRIPTS = {"warmup": warmup, "rl": rl, "rollout": rollout, "evaluate": evaluate}
 
@@ -124,6 +125,60 @@ def test_rl_without_a_warm_up_says_which_command_makes_one(monkeypatch, capsys, 
     assert run(monkeypatch, "rl") == 2
     assert "python warmup.py" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_flags_that_are_not_given_are_those_of_the_run_that_made_the_model(toy_run, tmp_path, capsys):
+    """In every script; given ones override it, and a difference is said."""
+    shutil.copytree(toy_run, tmp_path / "run")
+    of_run = {"task": "svamp", "engine": "nl", "prompt_style": "reft", "data": "a.jsonl", "test_data": "b.jsonl"}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(of_run | {"max_new_tokens": 7}))
+
+    def config(script, **flags):
+        if script == "evaluate":
+            one = evaluate.Config(runs=(str(tmp_path / "run"),), **flags)
+            one.as_trained(one.runs[0])
+            return one
+        return SCRIPTS[script].Config(model=str(tmp_path / "run"), **flags)
+
+    for script in SCRIPTS:
+        one = config(script)
+        assert {name: getattr(one, name) for name in of_run} == of_run and one.max_new_tokens == 7
+        assert not capsys.readouterr().out
+        one = config(script, task="svamp", prompt_style="chat", test_data="c.jsonl")
+        assert (one.prompt_style, one.data, one.test_data, one.max_new_tokens) == ("chat", "a.jsonl", "c.jsonl", 7)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.endswith("trained with --prompt-style reft (here: chat), --test-data b.jsonl (here: c.jsonl)")
+        other = config(script, task="gsm8k")  # other problems, and lengths
+        assert (other.prompt_style, other.test_data, other.max_new_tokens) == ("reft", None, 400)
+        assert "--task svamp (here: gsm8k)" in capsys.readouterr().out
+    assert config("rl").lr == 3e-7 and config("warmup").lr == 1e-5
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_model_that_no_run_made_needs_a_task(script, monkeypatch, capsys, toy_run, tmp_path):
+    shutil.copytree(toy_run, tmp_path / "plain")
+    (tmp_path / "plain" / "run.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(".")
+    for model in ("plain", "some/hub-id"):
+        assert run(monkeypatch, script, *([model] if script == "evaluate" else ["--model", model])) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {model} does not say") and "--task, one of toy, toy-long, gsm8k" in error
+    assert snapshot(".") == before
+
+
+def test_limit_and_test_limit_cut_one_split_each(toy_run, tmp_path, monkeypatch, capsys):
+    asked = []
+    for module in (warmup, rl, rollout, evaluate):
+        real = module.load_problems
+        monkeypatch.setattr(module, "load_problems", lambda *args, real=real: asked.append(args[1::2]) or real(*args))
+    few = {"test_limit": 3, "max_new_tokens": 2}
+    rl.main(rl.Config(model=str(toy_run), out=str(tmp_path), steps=1, rollout_batch=2, limit=5, **few))
+    rollout.main(rollout.Config(model=str(toy_run), **few))
+    evaluate.main(evaluate.Config(runs=(str(tmp_path),), out=str(tmp_path), **few))
+    assert asked == [("train", 5), ("test", 3), ("test", 3), ("test", 3)]
+    with pytest.raises(InputError, match="--test-limit"):
+        evaluate.Config(runs=("x",), limit=5)
 
 
 def test_rl_refuses_to_write_over_its_warm_up(monkeypatch, capsys, toy_run, tmp_path):

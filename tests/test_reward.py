@@ -644,7 +644,7 @@ FILES = [
     ("mathqa", "test", "mathqa/test.jsonl", "nl", 2985, True),
     ("mathqa", "test", "mathqa/reft_test.jsonl", "nl", 1605, False),
     ("mathqa-numeric", "train", "mathqa/train_gain.jsonl", "nl", 3655 - 150, True),
-    ("mathqa-numeric", "validation", "mathqa/validation.jsonl", "nl", 4475 - 335, True),
+    ("mathqa-numeric", "validation", "mathqa/validation.jsonl", "nl", 4475 - 336, True),
     ("mathqa-numeric", "test", "mathqa/test.jsonl", "nl", 2985 - 186, True),
     ("mathqa-numeric", "test", "mathqa/reft_numeric_test.jsonl", "nl", 1605, False),
 ]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -539,6 +540,13 @@ def test_outcome_shares_are_over_completions_and_lengths_count_eos():
     shares = rl.outcome_shares(rows, grades, 2)
     expected = {"reward": 0.35, "accuracy": 1 / 3, "length": 15 / 6, "wrong": 1 / 6, "cut": 1 / 6, "error": 1 / 3}
     assert shares == pytest.approx(expected | {"no_answer": 0, "timeout": 0, "killed": 0, "equal_rewards": 2 / 3})
+
+
+def test_a_critic_explains_nothing_of_equal_returns():
+    mask, values = torch.ones(2, 3, dtype=torch.bool), torch.tensor([[0.1, -0.2, 0.3]] * 2)
+    for returns in (torch.zeros(2, 3), torch.full((2, 3), 0.1)):
+        assert math.isnan(rl.explained_variance(values, returns, mask))
+    assert rl.explained_variance(values, values, mask) == 1
 
 
 METRICS = """

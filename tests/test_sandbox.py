@@ -76,7 +76,7 @@ NUMBERS = {
     "sympy.Integer(7)": "7",
     "sympy.Rational(-1, 3)": "-1/3",
     "sympy.Float('2.50')": "2.5",
-    "sympy.sqrt(2)": "1.41421356237",
+    "sympy.sqrt(2)": "1.4142135623731",
     "sympy.solve(sympy.Symbol('x') * 2 - 7)[0]": "7/2",
     "sympy.integrate(sympy.Symbol('x') ** 2, (sympy.Symbol('x'), 0, 3))": "9",
 }

@@ -222,6 +222,82 @@ def test_another_stage_and_another_reference_are_refused(toy_run, tmp_path):
         reinforce(tmp_path / "warmup", tmp_path / "rl", steps=2, resume=True)
 
 
+def test_resume_asks_what_files_hold_and_not_where_they_are(toy_run, two_steps, tmp_path, monkeypatch):
+    shutil.copytree(two_steps, tmp_path / "run")
+    shutil.copytree(toy_run, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    reinforce("./moved", "run", resume=True)
+    reinforce(toy_run, "one")
+    assert state(tmp_path / "run") == state(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("generation_config.json", {"eos_token_id": [1, 5]}, "the test problems"),
+        ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}, "their tokens, the test problems"),
+        ("metrics.jsonl", None, "the test problems"),  # any other test problems
+    ],
+)
+def test_other_prompts_end_tokens_or_test_problems_are_not_resumed(
+    toy_run, two_steps, tmp_path, monkeypatch, file, change, words
+):
+    shutil.copytree(two_steps, tmp_path / "run")
+    shutil.copytree(toy_run, tmp_path / "moved")
+    if change:
+        content = json.loads((tmp_path / "moved" / file).read_text())
+        (tmp_path / "moved" / file).write_text(json.dumps(content | change))
+    else:
+        real = warmup.load_problems
+        monkeypatch.setattr(warmup, "load_problems", lambda *args: real(*args)[::-1])
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(InputError, match=rf"trainer\.pt: no longer those of this run: {words};"):
+        reinforce(tmp_path / "moved", tmp_path / "run", resume=True)
+    assert snapshot(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(("advantage", "resumes"), [("gae", True), ("group", False)])
+def test_a_flag_that_the_run_did_not_know_had_its_default(toy_run, two_steps, tmp_path, advantage, resumes):
+    shutil.copytree(two_steps, tmp_path / "run")
+    saved = torch.load(tmp_path / "run" / "trainer.pt", weights_only=True)
+    del saved["config"]["advantage"], saved["config"]["kl_coef"]  # the default of one of them depends on the task
+    torch.save(saved, tmp_path / "run" / "trainer.pt")
+    if resumes:
+        reinforce(toy_run, tmp_path / "run", resume=True, advantage=advantage)
+    else:
+        with pytest.raises(InputError, match=r"--advantage group \(there: gae\)"):
+            reinforce(toy_run, tmp_path / "run", resume=True, advantage=advantage)
+
+
+def test_a_folder_is_one_process_s_until_it_dies(toy_run, tmp_path, capfd):
+    def refused():
+        with pytest.raises(InputError, match=r"--out .*/rl is in use by another run"):
+            reinforce(toy_run, tmp_path / "rl", resume=True)
+
+    child = os.fork()
+    if child == 0:
+        warmup.Run.record = lambda *args: time.sleep(60)
+        reinforce(toy_run, tmp_path / "rl")
+    while not (tmp_path / "rl" / "run.json").exists():
+        time.sleep(0.05)
+    names = sorted(os.listdir(tmp_path / "rl"))
+    refused()
+    assert sorted(os.listdir(tmp_path / "rl")) == names == ["metrics.jsonl", "run.json"]
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    reinforce(toy_run, tmp_path / "rl", resume=True, steps=1)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "tokenizer.json", "evaluation.json"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_whatever_a_model_or_a_finished_run_has_left_is_not_written_over(toy_run, tmp_path, name, resume):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("precious")
+    with pytest.raises(InputError, match=r"--out .*/out holds a"):
+        reinforce(toy_run, tmp_path / "out", resume=resume)
+    assert snapshot(tmp_path / "out") == {tmp_path / "out" / name: b"precious"}
+
+
 # ---- saves ----------------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +441,35 @@ def test_only_the_latest_checkpoint_stays(saver):
         assert sorted(os.listdir(run)) == names and check(run) == (number, {number})
 
 
+def test_without_save_every_a_checkpoint_is_never_older_than_half_an_hour(toy_run, tmp_path, monkeypatch):
+    clock, saves, real, append = [0.0], [], warmup.Run.save, warmup.Run.append
+    monkeypatch.setattr(warmup, "time", SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: clock[0]))
+    monkeypatch.setattr(warmup.Run, "append", lambda *args: append(*args) or clock.append(clock.pop() + 700))
+    monkeypatch.setattr(warmup.Run, "save", lambda run: saves.append(run.state["step"]) or real(run))
+    reinforce(toy_run, tmp_path, steps=7)
+    assert saves == [3, 6, 7]
+
+
+@pytest.mark.parametrize(("name", "kept"), [("sample", 2), ("action_stats", 2), ("fit_value_head", None)])
+def test_a_step_that_fails_before_it_changes_a_weight_loses_none_of_those_before(
+    toy_run, tmp_path, monkeypatch, name, kept
+):
+    reinforce(toy_run, tmp_path / "one")
+    real = getattr(rl, name)
+
+    def fail(*args, **flags):
+        if len(read_metrics(tmp_path / "two")) == 2:
+            raise torch.OutOfMemoryError
+        return real(*args, **flags)
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(rl, name, fail)
+        reinforce(toy_run, tmp_path / "two")
+    assert (tmp_path / "two" / "trainer.pt").exists() == (kept is not None)
+    reinforce(toy_run, tmp_path / "two", resume=True)
+    assert state(tmp_path / "two") == state(tmp_path / "one")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "value_head.pt", "trainer.pt", "config.json", "tokenizer.json"])
 @pytest.mark.parametrize("damage", ["cut", "foreign"])
 def test_a_cut_or_foreign_file_is_refused_by_name(toy_run, two_steps, tmp_path, name, damage):
@@ -485,6 +590,22 @@ def test_three_bad_batches_in_a_row_stop_the_run_with_the_weights_before_them(to
         train_with_bad_batches(stage, toy_run, run, monkeypatch, 9, {2, 3, 4}, loss="value_loss")
     assert len(read_metrics(run)) == 4
     assert weights(run) == weights(tmp_path / "before")
+
+
+def test_batches_that_moved_the_weights_before_they_went_bad_replace_no_checkpoint(toy_run, tmp_path, monkeypatch):
+    run, real, updates = tmp_path / "run", warmup.Run.update, []
+
+    def update(run, lr, loss):
+        """Of 4 updates a batch the first one of batches 2 to 4 is made."""
+        updates.append(lr)
+        return real(run, lr, loss if len(updates) <= 4 or len(updates) % 4 == 1 else loss * torch.nan)
+
+    monkeypatch.setattr(warmup.Run, "update", update)
+    hit_at(monkeypatch, 2, lambda: shutil.copytree(run, tmp_path / "before"))
+    with pytest.raises(FloatingPointError, match="9 updates of 3 batches in a row, up to step 4, were not finite"):
+        reinforce(toy_run, run, steps=9, save_every=1)
+    assert weights(run) == weights(tmp_path / "before")
+    assert torch.load(run / "trainer.pt", weights_only=True)["state"]["step"] == 1
 
 
 @STAGES

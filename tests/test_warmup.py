@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -179,6 +180,16 @@ def test_micro_batches_hold_every_row_once_and_no_more_columns_than_needed():
     assert sorted(torch.cat([rows for rows, _ in parts]).tolist()) == [0, 1, 2, 3, 4]
     assert [T for _, T in parts] == [5, 7, 9]
     assert all(int(lengths[rows].max()) == T for rows, T in parts)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 10, 25])
+def test_the_learning_rate_rises_for_a_tenth_of_the_steps_reaches_lr_and_falls_in_a_line(tmp_path, steps):
+    train(tmp_path, steps=steps, batch=2, lr=1e-3)
+    rates = [record["lr"] / 1e-3 for record in read_metrics(tmp_path)]
+    peak = rates.index(max(rates))
+    assert max(rates) == pytest.approx(1) and peak <= steps / 10
+    falls = [a - b for a, b in pairwise([*rates[peak + 1 :], 0])]
+    assert falls == pytest.approx([1 / (0.9 * steps)] * len(falls))
 
 
 def test_pretrained_checkpoints_continue_training(toy_run, tmp_path):
