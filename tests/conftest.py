@@ -1,10 +1,13 @@
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+PROJECT = Path(__file__).parent.parent
+sys.path.insert(0, str(PROJECT))
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where the cores are busy
 
@@ -16,6 +19,23 @@ def no_curves():
         if "warmup" in sys.modules:
             patch.setattr("warmup.draw_curves", lambda run, keys: (run / "curves.png").touch())
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def main_job(request, tmp_path_factory):
+    """The README's two commands, shortened, on a core beside the other tests; the end-to-end test waits for them."""
+    if not any(item.name.startswith("test_end_to_end") for item in request.session.items):
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("main_job")
+    warmup, rl = (f"exec {sys.executable} {PROJECT / name}.py" for name in ("warmup", "rl"))
+    commands = f"({warmup} --steps 1200) && {rl} --steps 16 --skip-ratio 0.25"
+    with (folder / "log").open("w") as log:
+        quiet = {"stdout": log, "stderr": log, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "start_new_session": True}
+        job = subprocess.Popen(commands, shell=True, cwd=folder, **quiet)
+    yield folder, job
+    if job.poll() is None:
+        os.killpg(job.pid, 9)
 
 
 @pytest.fixture(scope="session")

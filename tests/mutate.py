@@ -153,7 +153,7 @@ MUTATIONS = {
         ("answer.value != 0 and error", "error", "test_reward.py -k test_numbers"),
         ("Fraction(1, 2 * 10**answer.decimals)", "Fraction(1, 10**answer.decimals)", "test_reward.py -k test_numbers"),
         ("Fraction(1, 100) * min(1,", "Fraction(1, 100) * max(1,", "test_reward.py -k test_numbers"),
-        ('"million": 6', '"million": 5', "test_reward.py -k test_numbers"),
+        ('"billion": 9', '"billion": 8', "test_reward.py -k test_numbers"),
         ('match["whole"] and over >= under', 'match["whole"] and over > under', "test_reward.py -k test_numbers"),
         ('"toy": (2, 4), "toy-long": (8, 10)}', '"toy": (2, 5), "toy-long": (8, 10)}', "test_reward.py -k what_they_ask"),
         ("0.75 if thing % 2 else 0.25", "0.65 if thing % 2 else 0.35", "test_reward.py -k annotators"),

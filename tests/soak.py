@@ -19,6 +19,7 @@ import torch
 
 PROJECT = Path(__file__).parent.parent
 FLAGS = "--skip-ratio 0.25 --target-kl-behav 0.02 --rollout-batch 16 --minibatch 8 --max-new-tokens 24 --samples 2"
+FLAGS += " --limit 400"  # or each start would generate 48,000 problems
 TIMES = {"seconds", "rollout_seconds", "update_seconds", "rollout_tokens_per_second", "tokens_per_second"}
 TIMES |= {"peak_memory_gb"}
 

@@ -355,5 +355,6 @@ def test_the_number_of_skipped_layers_settles_where_kl_is_near_the_target():
         level = next_level(level, kl_of(round(level)), 0.04, 5)
     assert counts[0] == 0 and set(counts[-20:]) <= {1, 2, 3}
     assert sum(counts[-20:]) / 20 == pytest.approx(2, abs=0.5)
-    assert next_level(5.0, 1e-9, 0.04, 5) == 5.0
+    assert next_level(3.0, 1e-9, 0.04, 5) == 3.5 and next_level(3.0, 9.0, 0.04, 5) == 2.5  # half a layer at most
+    assert next_level(5.0, 1e-9, 0.04, 5) == 5.0  # the first, the last and one inner layer stay
     assert next_level(0.1, 9.0, 0.04, 5) == 0.0

@@ -239,12 +239,14 @@ def test_problems_without_a_chain_of_thought_are_refused(tmp_path, toy_run):
     assert not (tmp_path / "o").exists()
 
 
-def test_end_to_end_reinforcement_learns_which_reasoning_pays(tmp_path):
+def test_end_to_end_reinforcement_learns_which_reasoning_pays(main_job):
     """The main job, shortened: RL with skipped layers makes much more of a warm-up that imitates both annotators."""
-    supervised = warmup.main(warmup.Config(out=str(tmp_path / "warmup"), steps=1200))
-    flags = {"model": str(tmp_path / "warmup"), "skip_ratio": 0.25, "steps": 16}
-    reinforced = rl.main(rl.Config(out=str(tmp_path / "rl"), **flags))
+    folder, job = main_job
+    assert job.wait() == 0, (folder / "log").read_text()
+    supervised, reinforced = (
+        json.loads((folder / f"runs/{name}/evaluation.json").read_text()) for name in ("warmup", "rl")
+    )
     assert reinforced["greedy_accuracy"] > supervised["greedy_accuracy"] + 0.15
-    records = read_metrics(tmp_path / "rl")
+    records = read_metrics(folder / "runs" / "rl")
     assert all(0 < record["kl_behav"] < 0.3 for record in records)
     assert all(len(record["skipped_layers"]) == 2 for record in records)
