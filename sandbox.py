@@ -359,7 +359,8 @@ def wait(pid: int) -> str:
                 os.kill(int(orphan), signal.SIGKILL)
     if not os.WIFSIGNALED(code):
         return "error" if code else "ok"
-    return "timeout" if late or usage.ru_utime + usage.ru_stime > CPU_SECONDS - 0.1 else "killed"
+    # what the kernel counts for the limit and what it reports differ on a busy virtual machine
+    return "timeout" if late or usage.ru_utime + usage.ru_stime > CPU_SECONDS / 2 else "killed"
 
 
 def run_child(size: int, outside: int, seccomp: bytes) -> None:
