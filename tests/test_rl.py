@@ -185,7 +185,8 @@ REFT = {  # for pretrained models; paper: ReFT, section 4.3 and appendix B; code
     | {"skip_ratio": 0.0, "correction": "truncated", "cap": 2.0, "steps": 1000, **SIZES_OF_RUNS},  # ours
 }
 TOY = {  # ours: a decoder of half a million parameters
-    warmup: {"lr": 4e-3, "batch": 32, "epochs": 0.9, "weight_decay": 0.1, "beta2": 0.95, "layer_dropout": 0.5},
+    warmup: {"lr": 4e-3, "batch": 32, "epochs": 0.9, "weight_decay": 0.1, "beta2": 0.95, "layer_dropout": 0.5}
+    | {"skip_ratio": 0.25},
     rl: {"lr": 1e-4, "rollout_batch": 128, "minibatch": 64, "steps": 20, "kl_coef": 0.01, "value_coef": 0.1}
     | {"correction": "prefix"},
 }
