@@ -173,9 +173,9 @@ def test_what_the_model_was_warmed_up_with_tells_groups_apart(tmp_path):
 
 
 def test_groups_do_not_depend_on_the_folder_that_evaluate_is_started_from(tmp_path, monkeypatch):
-    for name, dropout in (("w0", 0.5), ("w1", 0.0)):
+    for name, dropout in (("w0", 0.5), ("w1", 0.0), ("w2", 0.0)):
         write_run(tmp_path / "runs" / name, [0.5], layer_dropout=dropout)
-    for i, (warm_up, free) in enumerate((("w0", False), ("w1", False), ("w1", True))):
+    for i, (warm_up, free) in enumerate((("w0", False), ("w1", False), ("w2", True))):
         flags = {"model": f"runs/{warm_up}", "gradient_checkpointing": free, "unsafe_exec": free, "eval_every": i}
         write_run(tmp_path / "runs" / "study" / str(i), [0.9], **flags)
     for folder in (tmp_path, tmp_path / "runs", tmp_path / "runs" / "study"):
