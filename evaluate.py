@@ -58,7 +58,7 @@ def main(config: Config) -> list[dict]:
         ours = (Path(run) / "run.json").exists() and os.access(run, os.W_OK)  # no other model's folder is written to
         places.append(run if ours else Path(config.out) / f"evaluation-{run.strip('./').replace('/', '-')}")
     if config.keep_correct is not None:
-        return [keep_correct(load(run, one.device, one.dtype), one)]
+        return [keep_correct(load(config.runs[0], config.device, config.dtype), flags[0])]
     out, *places = map(make_folder, places)
     for run, one, place in zip(config.runs, flags, places, strict=True):
         problems = load_problems(one.task, "test", one.test_data, one.test_limit, one.engine)

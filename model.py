@@ -254,7 +254,8 @@ class Decoder(nn.Module):
                     x = checkpoint(layer, x, rope, use_reentrant=False)
                 else:
                     x = layer(x, rope, None if cache is None else cache[i], positions, visible)
-        return self.norm(x)[:N]
+        x = self.norm(x)
+        return x if N else x[:0].clone()  # FSDP warns of a view
 
     def kept_layers(self, skip: Tensor | None) -> list[Layer]:
         """The layers that run. `skip` is read once: a test per layer on a tensor is one GPU synchronisation per layer."""
@@ -285,6 +286,7 @@ class Decoder(nn.Module):
         with named_in_errors("the chat template (--prompt-style reft goes without)"):
             turns = [[{"role": role, "content": text} for role, text in chat] for chat in chats]
             how = {"chat_template": CLOCK + self.tokenizer.get_chat_template(), "add_generation_prompt": prompt}
+            # transformers before 5.20 does not know the sanitizing, and reads a control token in a text as one
             return self.tokenizer.apply_chat_template(turns, **how, sanitize_control_tokens=True, return_dict=False)
 
     @classmethod

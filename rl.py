@@ -343,9 +343,8 @@ def main(config: Config) -> dict:
             "update_seconds": time.perf_counter() - started,  # steps 4 to 6
         }
         if config.target_kl_behav is not None:
-            kl = (
-                numbers["kl_behav"] if count else min(getattr(model.hf_config, "layer_kl", [0.0]))
-            )  # what one would cost
+            one_layer = min(getattr(model.hf_config, "layer_kl", [0.0]))  # what it would cost, where none is skipped
+            kl = numbers["kl_behav"] if count else one_layer
             most = min(len(skip_pool(model, num_layers, config)), num_layers - 3)
             run.state["level"] = next_level(run.state["level"], kl, config.target_kl_behav, most)
         said = "reward {:g}, gold {}\n{}\n>>> {}\n"

@@ -4,7 +4,7 @@
     python warmup.py --model Qwen/Qwen2.5-0.5B --task gsm8k     a pretrained one on GSM8K
 
 Departure from ReFT: the loss is the token mean over the whole batch, not the mean of sequence means. Layer dropout is ours:
-a share of the batches is trained with random inner layers left out, so that nested models stay close to the full one.
+a share of the batches is trained with random layers left out, so that nested models stay close to the full one.
 """
 
 import fcntl

@@ -24,4 +24,5 @@ done
 now="--lr 3e-6 --test-data $test"
 rl $now --skip-ratio 0.134 --out runs/svamp/nested-4
 rl $now --skip-ratio 0.07 --skip-layers inner --out runs/svamp/nested-inner
-python evaluate.py runs/svamp/{cheap,reft-*,nested-*,target-*} --test-data "$test" --out runs/svamp
+python evaluate.py runs/svamp/cheap --test-data "$test" --out runs/svamp
+python evaluate.py runs/svamp/{reft,nested,target}-* --test-data "$test" --out runs/svamp

@@ -39,6 +39,7 @@ OPTIONS = "a ) 38 , b ) 27.675 , c ) 30 , d ) data inadequate , e ) none of thes
 # (what stands after the marker, gold, reward, why)
 NUMBERS = [
     ("$18M", "18", 0.0, "a letter that scales"),
+    ("1.8 million", "1800000", 1.0, "a word that scales"),
     ("18 K per year.", "18", 0.0, "another, and words behind it"),
     ("$18 m", "18", 0.0, "millions, after a currency"),
     ("18 m", "18", 1.0, "metres"),
