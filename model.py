@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.activations import ACT2FN
 from transformers.utils import cached_file, logging
 
-from reward import InputError
+from reward import InputError, refuse_pointer
 
 logging.disable_progress_bar()  # of every load and save
 logging.set_verbosity_error()  # `from_pretrained` raises what matters
@@ -418,8 +418,7 @@ def check_checkpoint(source: str | Path):
         what = "a LoRA adapter; merge it into its base model first" if lora else "a folder with config.json"
         raise InputError(f"{source}: not a checkpoint ({what})")
     for file in folder.glob("*"):
-        if file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(b"version https://git-lfs"):
-            raise InputError(f"{file}: a Git LFS pointer, not the file itself; get it with `git lfs pull`")
+        refuse_pointer(file)
 
 
 @contextlib.contextmanager

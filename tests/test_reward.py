@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -748,6 +749,21 @@ def test_rows_of_every_schema(task, row, problem, tmp_path):
     )
 
 
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_tables_are_read_as_json_lines_are(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    rows = [REFT, REFT | {"answer_cot": None, "question": 'One, "two"?\nThree?', "answer_value": "1,080"}]
+    table, file = datasets.Dataset.from_list(rows), str(tmp_path / f"rows.{kind}")
+    table.to_csv(file) if kind == "csv" else table.to_parquet(file)
+    assert load_problems("gsm8k", "train", file) == load_problems("gsm8k", "train", write(tmp_path, *rows))
+    (tmp_path / f"bad.{kind}").write_bytes(b'a,b\n"x\n\xff,1,2\n')
+    for name, words in ((f"bad.{kind}", "local file"), (f"none.{kind}", "Unable to find")):
+        with pytest.raises(InputError) as error:
+            load_problems("gsm8k", "train", str(tmp_path / name))
+        message = str(error.value)
+        assert message.startswith(str(tmp_path / name)) and words in message and "\n" not in message
+
+
 def test_programs(tmp_path):
     assert load_problems("svamp", "train", write(tmp_path, PROGRAM), engine="python")[0].cot == PROGRAM["answer_cot"]
     # A test split needs no programs: its answers are enough.
@@ -778,13 +794,15 @@ def test_mathqa_numeric_says_how_many_rows_it_leaves_out(tmp_path, capsys):
         ("gsm8k", [GSM8K, "", "[" * 10**5], [":3:", "not JSON"]),
         ("gsm8k", ['[{"question": 1},\n {"question": }]'], [":2:", "not JSON"]),
         ("gsm8k", ["17"], [":1:", "'question'", "question, answer"]),
-        ("gsm8k", [GSM8K, SVAMP], [":2:", "'question'", "answer_cot"]),
+        ("gsm8k", [GSM8K, SVAMP], [":2:", "'question'", '"answer_cot": "1 + 1 = 2"']),
+        ("gsm8k", ['{"question": "\\ud800?", "answer": "#### 1"}'], [":1:", "'question'", "no text"]),
+        ("gsm8k", ["version https://git-lfs.github.com/spec/v1"], ["a Git LFS pointer", "git lfs pull"]),
         ("gsm8k", [{"question": "How many?"}], [":1:", "'answer'"]),
         ("gsm8k", [{"question": "How many?", "answer": ["18"]}], [":1:", "'answer'", "no text"]),
         ("gsm8k", [{"question": "How many?", "answer_value": True}], [":1:", "'answer_value'"]),
         ("gsm8k", [json.dumps([REFT, {"question": "How many?", "answer_value": None}])], ["row 2:", "'answer_value'"]),
         ("gsm8k", [GSM8K, GSM8K | {"question": " "}], [":2:", "question is empty"]),
-        ("gsm8k", [GSM8K | {"answer": "9 + 9 = 18"}], [":1:", "#### <number>"]),
+        ("gsm8k", [GSM8K | {"answer": "9 + 9 = 18"}], [":1:", "#### <number>", '"answer_value": "2"']),
         ("gsm8k", [GSM8K | {"answer": "#### 1,08"}], [":1:", "'1,08'", "is not one number"]),
         ("svamp", [SVAMP | {"Answer": "nan"}], [":1:", "'nan'", "is not one number"]),
         ("svamp", [GSM8K], [":1:", "'Body'", "Body, Question, Equation, Answer"]),
@@ -809,8 +827,8 @@ def test_bad_data_is_named_by_its_line(task, rows, words, tmp_path):
 def test_bad_requests_are_named(tmp_path):
     for args, words in [
         (("gsm", "train"), ["'gsm'", "mathqa-numeric"]),
-        (("gsm8k", "train", str(tmp_path / "none.jsonl")), ["none.jsonl", "cannot be read"]),
-        (("gsm8k", "train", str(tmp_path)), [str(tmp_path), "cannot be read"]),
+        (("gsm8k", "train", str(tmp_path / "none.jsonl")), ["none.jsonl: cannot be read: No such file or directory"]),
+        (("gsm8k", "train", str(tmp_path)), [f"{tmp_path}: cannot be read: Is a directory"]),
         (("toy", "train", "data.jsonl"), ["data.jsonl", "generated"]),
         (("toy", "train", None, 0), ["limit 0"]),
         (("svamp", "train", write(tmp_path, SVAMP), None, "python"), [":1:", "no program", "ReFT"]),
@@ -820,7 +838,7 @@ def test_bad_requests_are_named(tmp_path):
             load_problems(*args)
         assert all(word in str(error.value) for word in words), str(error.value)
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')
-    with pytest.raises(InputError, match="UTF-8"):
+    with pytest.raises(InputError, match=r"not UTF-8 text .* --data takes \.json, \.jsonl, \.parquet, \.csv"):
         load_problems("gsm8k", "train", str(tmp_path / "latin.jsonl"))
 
 
@@ -854,7 +872,9 @@ def test_without_network_the_hub_error_says_what_to_do(monkeypatch):
     with pytest.raises(InputError) as error:
         load_problems("gsm8k", "train")
     message = str(error.value)
-    assert "openai/gsm8k, train: Couldn't reach the Hub; name another dataset, or a local .json" in message
+    assert (
+        "openai/gsm8k, train: Couldn't reach the Hub; name another dataset, or a local file (.json, .jsonl" in message
+    )
     assert "\n" not in message
 
 
