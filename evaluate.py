@@ -159,7 +159,7 @@ def keep_correct(model: Decoder, config: Config) -> dict[str, int]:
     return dict(counts)
 
 
-# ---- groups of runs -------------------------------------------------------------------------------------------------
+# ---- groups of runs, tables, figures --------------------------------------------------------------------------------
 
 # they change nothing beyond rounding: a run may be resumed with other values of them
 FREE = {"out", "model", "resume", "device", "save_every", "eval_every", "micro_batch", "max_rows"}
@@ -243,9 +243,6 @@ def make_folder(name: str | Path) -> Path:
     except OSError as error:
         raise InputError(f"{name}: cannot be written ({error.strerror}); name another folder") from error
     return Path(name)
-
-
-# ---- figures --------------------------------------------------------------------------------------------------------
 
 
 def new_figure(panels: int, width: float = 4.0, height: float = 2.6):

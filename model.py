@@ -58,17 +58,14 @@ class ModelConfig:
         }
         for feature in (feature for feature, present in unsupported.items() if present):
             raise InputError(f"{hf.model_type} config: {feature} is not supported; use a checkpoint without it")
-        self.vocab_size = hf.vocab_size
-        self.max_positions = hf.max_position_embeddings
-        self.hidden_size = hf.hidden_size
-        self.num_layers = hf.num_hidden_layers
+        self.vocab_size, self.max_positions = hf.vocab_size, hf.max_position_embeddings
+        self.hidden_size, self.num_layers = hf.hidden_size, hf.num_hidden_layers
         self.num_heads = hf.num_attention_heads
         self.num_kv_heads = self.num_heads if opt else hf.num_key_value_heads  # fewer: grouped-query attention
         self.head_dim = getattr(hf, "head_dim", None) or self.hidden_size // self.num_heads
         self.mlp_size = hf.ffn_dim if opt else hf.intermediate_size
         self.gated_mlp = not opt  # SwiGLU: activation(gate) * up
-        self.norm = "layer" if opt else "rms"
-        self.norm_eps = 1e-5 if opt else hf.rms_norm_eps
+        self.norm, self.norm_eps = ("layer", 1e-5) if opt else ("rms", hf.rms_norm_eps)
         self.norm_affine = hf.layer_norm_elementwise_affine if opt else True
         self.rope = None if opt else {"rope_type": "default"} | rope  # None: learned positions
         self.qkv_bias = hf.enable_bias if opt else hf.model_type == "qwen2" or hf.attention_bias
@@ -313,9 +310,8 @@ class Decoder(nn.Module):
         with torch.device("meta"):  # no memory and no random numbers for weights that are about to be read
             decoder = cls(hf_config).to(dtype)
         decoder.to_empty(device=device)
-        head = found.pop("value_head.pt")
+        head, theirs = found.pop("value_head.pt"), hf.state_dict()
         decoder.files = {name: Path(file).read_bytes() for name, file in found.items() if file}
-        theirs = hf.state_dict()
         for name, view in hf_views(config, decoder.state_dict()).items():
             view.copy_(theirs[name])
         if config.tied_head and not torch.equal(theirs["lm_head.weight"], hf.get_input_embeddings().weight):
@@ -342,8 +338,7 @@ class Decoder(nn.Module):
         for name, content in self.files.items():  # the source's own: older readers fail on a new version
             (Path(folder) / name).write_bytes(content)
         head = {name: weights[f"value_head.{name}"].clone() for name in ("weight", "bias")}
-        # not .safetensors: inference servers load every such file of a folder
-        torch.save(head, Path(folder) / "value_head.pt")
+        torch.save(head, Path(folder) / "value_head.pt")  # inference servers load every .safetensors of a folder
 
 
 COPIED = (
@@ -372,9 +367,8 @@ NAMES = {  # ours: theirs in Llama, Qwen2 and Qwen3; theirs in OPT. Several: the
 def hf_views(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our weights under their Hugging Face names, as views: reading writes into them, saving reads from them."""
     opt, views = config.rope is None, {}
-    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-    mlp = [config.mlp_size] * (2 if config.gated_mlp else 1)
-    rows = {"attention.qkv": [n * config.head_dim for n in heads], "mlp.up": mlp}  # of the parts of a fused weight
+    heads = [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+    rows = {"attention.qkv": heads, "mlp.up": [config.mlp_size] * (2 if config.gated_mlp else 1)}  # of fused weights
     for name, weight in weights.items():
         module, kind = name.rsplit(".", 1)  # "layers.3.mlp.up", "weight"
         prefix = ""
@@ -447,30 +441,25 @@ def load(source: str | Path, device: str | None, dtype: str | None) -> Decoder:
         decoder.tokenizer = tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if "tokenizer_config.json" in decoder.files:
             decoder.files["tokenizer_config.json"] = portable(decoder.files["tokenizer_config.json"])
-    # added tokens may lie beyond the embedding (CodeLlama's <FILL_ME>): few texts hold one
     rows = decoder.config.vocab_size
-    if not 1 < tokenizer.vocab_size <= rows:
+    if not 1 < tokenizer.vocab_size <= rows:  # added tokens may lie beyond (CodeLlama's <FILL_ME>): few texts hold one
         raise InputError(f"{source}: tokenizer of {tokenizer.vocab_size} tokens, embedding of {rows} rows")
     with named_in_errors(f"{source}, generation_config.json"):
         generation = json.loads(decoder.files.get("generation_config.json", b"{}"))
-    ids = []
-    for some in (generation.get("eos_token_id"), decoder.hf_config.eos_token_id):
-        ids += some if isinstance(some, list) else [] if some is None else [some]
-    if (not ids or tokenizer.chat_template) and tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
+    some = [generation.get("eos_token_id"), decoder.hf_config.eos_token_id]
+    if some == [None, None] or tokenizer.chat_template:
+        some.append(tokenizer.eos_token_id)
+    ids = [i for one in some if one is not None for i in (one if isinstance(one, list) else [one])]
     if not ids or not all(type(i) is int and 0 <= i < rows for i in ids):
         raise InputError(f"{source}: end-of-sequence ids {ids} in its configs; it needs one, and all below {rows}")
     decoder.eos_ids = list(dict.fromkeys(ids))
     return decoder
 
 
-def sample_skip(
-    num_layers: int, skip_ratio: float, generator: torch.Generator | None = None, pool: list[int] | None = None
-) -> Tensor:
-    """eq. (2): the layers that mu leaves out, (num_layers,) bool, uniform among those of `pool`.
+def sample_skip(num_layers: int, skip_ratio: float, generator=None, pool: list[int] | None = None) -> Tensor:
+    """eq. (2): the layers that mu leaves out, (num_layers,) bool, `round(skip_ratio * num_layers)` of `pool`, uniformly.
 
-    `round(skip_ratio * num_layers)` of them. pool None: all inner layers, as in the paper; see `rollout.skip_pool` for ours.
-    The first and the last layer always stay, and one inner layer at least.
+    pool None: all inner layers, as in the paper; `rollout.skip_pool` is ours. One inner layer stays at least.
     """
     count, inner = round(skip_ratio * num_layers), range(1, num_layers - 1)
     most = max(min(len(inner) - 1, num_layers if pool is None else len(pool)), 0)
@@ -571,8 +560,7 @@ def shard(model: Decoder):
     if not dist.is_initialized():
         return
     mesh = init_device_mesh(model.embed.weight.device.type, (world_size(),))
-    for module in (*model.layers, model):
-        # the weights of the outermost one stay after `forward`, since the head runs outside of it
+    for module in (*model.layers, model):  # the outermost one's weights stay gathered: the head runs outside of it
         fully_shard(module, mesh=mesh, reshard_after_forward=module is not model)
         module.set_gradient_divide_factor(1.0)  # a sum: the loss has been divided by the tokens of all processes
         module.set_force_sum_reduction_for_comms(True)  # gloo knows neither averages nor factors

@@ -63,9 +63,7 @@ class Config(TrainConfig):
     objective: Literal["ppo", "self-training"] = flag("ppo", "self-training: eq. (1) on what is right or annotated")
     advantage: Literal["gae", "group"] = flag("gae", "group: relative to the samples of one question, no critic")
     correction: Correction | None = flag(None, "weights and traces for completions of mu (toy: prefix, else truncated)")
-    target_kl_behav: float | None = flag(
-        None, "the number of skipped layers follows KL(mu||pi) per token to this value"
-    )
+    target_kl_behav: float | None = flag(None, "the number of skipped layers follows KL(mu||pi) per token to it")
     cap: float = flag(2.0, "upper bound C of the truncated weights pi_old / mu")
     rollout_batch: int | None = flag(None, "completions of one batch (toy: 128, else 32)")
     samples: int = flag(1, "completions a prompt; divides --rollout-batch")
@@ -74,9 +72,7 @@ class Config(TrainConfig):
     lr: float | None = flag(None, "learning rate, rises over 10 updates, falls to 0 (toy: 1e-4, else 3e-7)")
     kl_coef: float | None = flag(None, "beta of eq. (4) (toy and programs: 0.01, else 0.05)")
     gamma: float = flag(1.0, "discount of eqs. (5) and (6)")
-    lam: float = flag(
-        1.0, "GAE decay of eq. (6); below 1 prefix is biased. ReFT: 0.95, which pulls long completions down"
-    )
+    lam: float = flag(1.0, "GAE decay of eq. (6); below 1 prefix is biased. ReFT: 0.95, bad for long completions")
     clip: float = flag(0.2, "epsilon of eqs. (9) and (10)")
     value_coef: float | None = flag(None, "alpha of eq. (11) (toy: 0.1, else 5)")
 
@@ -262,9 +258,6 @@ def self_training_update(run: Run, examples: list, batches: Iterator) -> dict[st
     losses, grad_norms = zip(*steps, strict=True) if steps else ((0.0,), (0.0,))
     means = {"policy_loss": sum(losses) / len(losses), "grad_norm": sum(grad_norms) / len(grad_norms)}
     return means | {"value_loss": 0.0, "clip_fraction": 0.0}
-
-
-# ---- the algorithm --------------------------------------------------------------------------------------------------
 
 
 def main(config: Config) -> dict:

@@ -9,12 +9,12 @@ equals one masked forward pass over it. One row of a Rollout, a prompt of 3 toke
     logp_behav  (N, T-1)  0    0   mu(a0) mu(a1) mu(EOS)  0    0    log mu(a_t | s_t), recorded while sampling
 """
 
-import math
 import re
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf, isfinite
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -216,7 +216,7 @@ MEASURED = 16  # completions that tell what each layer is worth
 
 
 def measure_layers(model: Decoder, pairs: list[tuple[list[int], list[int]]]):
-    """KL(mu||pi) per token without each single layer, on (prompt, completion) pairs of ids: what a layer is worth.
+    """What each layer is worth: KL(mu||pi) per token without it alone, on (prompt, completion) pairs of ids.
 
     Measured once and carried on in `config.json` of every checkpoint, so that warm-up and RL draw from the same layers.
     """
@@ -227,18 +227,17 @@ def measure_layers(model: Decoder, pairs: list[tuple[list[int], list[int]]]):
 def skip_pool(model: Decoder, count: int, config: "NestedConfig") -> list[int]:
     """The layers among which eq. (2) draws the `count` that mu leaves out, by --skip-layers.
 
-    inner, the paper: all but the first and the last. cheap, ours: twice as many as are left out, those that are worth least
-    (see `measure_layers`), since some inner layers of a pretrained model cannot be missed. Or the layers of a list.
+    inner, the paper: all but the first and the last. cheap, ours: twice as many as are left out, those that are worth least,
+    since some inner layers of a pretrained model cannot be missed. Or the layers of a list.
     """
-    inner = list(range(1, len(model.layers) - 1))
-    if config.skip_layers == "inner" or not count:
-        return inner
-    if config.skip_layers == "cheap":
-        return sorted(inner, key=lambda layer: model.hf_config.layer_kl[layer])[: 2 * count]
-    listed = [int(layer) for layer in config.skip_layers.split(",")]
-    if len({*listed} & {*inner}) < len(listed):
+    pool = inner = list(range(1, len(model.layers) - 1))
+    if config.skip_layers == "cheap" and count:
+        pool = sorted(inner, key=lambda layer: model.hf_config.layer_kl[layer])[: 2 * count]
+    elif config.skip_layers not in ("cheap", "inner"):
+        pool = [int(layer) for layer in config.skip_layers.split(",")]
+    if len({*pool} & {*inner}) < len(pool):
         raise InputError(f"--skip-layers {config.skip_layers}: must be different numbers from 1 to {len(inner)}")
-    return listed
+    return pool
 
 
 # ---- prompts --------------------------------------------------------------------------------------------------------
@@ -291,18 +290,16 @@ def check_fit(rows: list[list[int]], model: Decoder, room: int, training: bool, 
     """InputError for rows that exceed context or embedding; few of training are taken out of `problems` and `others`."""
     most, known = model.config.max_positions, model.config.vocab_size
     bad = [n for n, row in enumerate(rows) if len(row) + room > most or max(row) >= known]
+    if not bad:
+        return
     new = f" with --max-new-tokens {room}" if room else ""
-    what = f"exceed the model's context of {most} tokens{new}, or its embedding"
-    if bad and not (training and len(bad) < 0.01 * len(rows)):
+    what = f"{len(bad)} of {len(rows)} problems exceed the model's context of {most} tokens{new}, or its embedding"
+    if not training or len(bad) >= 0.01 * len(rows):
         first = f"problem {bad[0] + 1} ({problems[bad[0]].question[:40]!r}...) of {len(rows[bad[0]])} tokens"
-        raise InputError(f"{len(bad)} of {len(rows)} problems {what}; the first is {first}")
-    if bad:
-        print(f"left out: {len(bad)} of {len(rows)} problems {what}")
+        raise InputError(f"{what}; the first is {first}")
+    print(f"left out: {what}")
     for n in reversed(bad):
         del problems[n], others[n]
-
-
-# ---- grades ---------------------------------------------------------------------------------------------------------
 
 
 class Grades(NamedTuple):
@@ -345,7 +342,7 @@ def grade(rollout: Rollout, problems: list[Problem], model: Decoder, config: "Sh
     return Grades(texts, answers, outcomes, torch.tensor(rewards, device=rollout.tokens.device))
 
 
-# ---- flags ----------------------------------------------------------------------------------------------------------
+# ---- flags and scripts ----------------------------------------------------------------------------------------------
 
 
 def flag(default, text: str):
@@ -354,10 +351,9 @@ def flag(default, text: str):
 
 
 RANGES = (  # low, high, and the flags of any script whose numbers must lie between them
-    (1, math.inf, "limit test_limit max_new_tokens max_rows micro_batch steps batch rollout_batch ppo_epochs"),
-    (1, math.inf, "minibatch"),
-    (0, math.inf, "seed samples save_every eval_every lr weight_decay kl_coef value_coef"),
-    (1e-9, math.inf, "epochs clip cap target_kl_behav"),
+    (1, inf, "limit test_limit max_new_tokens max_rows micro_batch steps batch rollout_batch ppo_epochs minibatch"),
+    (0, inf, "seed samples save_every eval_every lr weight_decay kl_coef value_coef"),
+    (1e-9, inf, "epochs clip cap target_kl_behav"),
     (0, 1, "gamma lam layer_dropout"),
     (0, 0.999, "skip_ratio"),
     (0, 0.999999, "beta2"),
@@ -384,7 +380,7 @@ class SharedConfig:
         for low, high, names in RANGES:
             for name in names.split():
                 value = getattr(self, name, None)
-                if value is not None and not (low <= value <= high and math.isfinite(value)):
+                if value is not None and not (low <= value <= high and isfinite(value)):
                     raise InputError(f"--{name.replace('_', '-')} is {value}, it must be between {low:g} and {high:g}")
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = self.dtype or ("bfloat16" if self.device == "cuda" else "float32")
@@ -404,14 +400,10 @@ class SharedConfig:
         defaults = {"task": None if source else "toy", "engine": "nl", "prompt_style": "auto"}
         if self.task in (None, trained.get("task")):  # another task has other problems and lengths
             defaults |= {"data": None, "test_data": None, "max_new_tokens": None}
-        others = []
-        for name, default in defaults.items():
-            given, there = getattr(self, name, None), trained.get(name, default)
-            setattr(self, name, there if given is None else given)
-            if given not in (None, there) and name in trained and name != "max_new_tokens":
-                others.append(f"--{name.replace('_', '-')} {there} (here: {given})")
-        if others:
-            print(f"{source} was trained with {', '.join(others)}")
+        for name in defaults.keys() & trained.keys() - {"max_new_tokens"}:
+            if (given := getattr(self, name, None)) not in (None, trained[name]):
+                print(f"--{name.replace('_', '-')} is {given}; {source} was trained with {trained[name]}")
+        self.fill_in({name: trained.get(name, default) for name, default in defaults.items()})
         if self.task is None:
             raise InputError(f"{source} does not say what it was trained on: name a --task, one of {', '.join(TASKS)}")
         if self.max_new_tokens is None:  # ReFT: 700 tokens of which at most 300 are the prompt
@@ -421,8 +413,8 @@ class SharedConfig:
 
     def fill_in(self, defaults: dict):
         """Flags that were not given take these values."""
-        for name, value in defaults.items():
-            setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
+        for name in (name for name in defaults if getattr(self, name, None) is None):
+            setattr(self, name, defaults[name])
 
     def sampling(self, model: Decoder) -> dict:
         """What `sample` needs to know of the flags and of the model's tokenizer; any id serves as padding."""
@@ -469,12 +461,9 @@ def run_script(main, config_class, parser: HfArgumentParser | None = None):
         sys.exit(130)
 
 
-# ---- the script: what mu writes, beside pi --------------------------------------------------------------------------
-
-
 @dataclass
 class Config(NestedConfig):
-    """Flags of rollout.py."""
+    """Flags of rollout.py, which shows what mu writes beside pi."""
 
     model: str = flag("runs/warmup", "directory or hub id")
     test_limit: int | None = flag(64, "how many test problems")
@@ -482,7 +471,7 @@ class Config(NestedConfig):
 
 
 def main(config: Config) -> dict[str, tuple[Grades, float, float]]:
-    """Print what each layer is worth, and completions of pi and mu from the same noise.
+    """Print what each layer is worth, then completions of pi and mu from the same noise, and how both do.
 
     Returns grades, tokens/s and exact KL per token of both.
     """
@@ -505,13 +494,12 @@ def main(config: Config) -> dict[str, tuple[Grades, float, float]]:
             skip = sample_skip(num_layers, config.skip_ratio, torch.Generator().manual_seed(config.seed), pool)
     print("KL(mu||pi) per token without one layer:")
     for layer, (kl, skipped) in enumerate(zip(worth, skip.tolist(), strict=True)):
-        bar = "#" * round(60 * kl / max(worth))
-        print(f"{layer:5} {kl:9.4f} {'left out by mu ' * skipped}{bar}")
+        print(f"{layer:5} {kl:9.4f} {'left out by mu ' * skipped}{'#' * round(60 * kl / max(worth))}")
     for n, problem in enumerate(problems[:4]):
         print(f"--- {problem.question} (gold: {problem.answer})")
         for name, (grades, _, _) in results.items():
             print(f"{name}, reward {grades.rewards[n]:g}: {grades.texts[n]!r}")
-    print(f"--- {len(problems)} problems; mu leaves out layers {skip.nonzero().flatten().tolist()} of {len(skip)}")
+    print(f"--- {len(problems)} problems; mu leaves out layers {skip.nonzero().flatten().tolist()} of {num_layers}")
     for name, (grades, speed, kl) in results.items():
         accuracy = grades.outcomes.count("right") / len(problems)
         print(f"{name}: accuracy {accuracy:.3f}, {speed:,.0f} tokens/s, KL({name}||pi) {kl:.4f} per token")
