@@ -210,7 +210,8 @@ def compare_groups(out: Path, runs: tuple[str, ...], results: list[dict]):
     write_json(out / "study.json", rows)
     panel.set(xlabel="seconds of training", ylabel="greedy accuracy", ylim=(None, 1.02))
     panel.legend(title=", ".join(varied).replace("_", " "), loc="center left", bbox_to_anchor=(1, 0.5))
-    save(figure, out / "study.png")
+    figure.savefig(out / "study.png", dpi=110)
+    print(f"figure: {out / 'study.png'}")
 
 
 def print_table(rows: list[dict]):
@@ -254,12 +255,6 @@ def new_figure(panels: int, width: float = 4.0, height: float = 2.6):
     return figure, [figure.add_subplot(rows, columns, 1 + i) for i in range(panels)]
 
 
-def save(figure, file: Path):
-    """Write a figure and say where it is."""
-    figure.savefig(file, dpi=110)
-    print(f"figure: {file}")
-
-
 def draw_curves(run: Path, keys: tuple[str, ...]):
     """curves.png of a training run: one panel a metric over the steps."""
     records = read_metrics(run)
@@ -269,7 +264,8 @@ def draw_curves(run: Path, keys: tuple[str, ...]):
         points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
         panel.plot(*zip(*points, strict=True), marker="." if len(points) < 100 else "")
         panel.set(xlabel="step", title=key.replace("_", " "))
-    save(figure, run / "curves.png")
+    figure.savefig(run / "curves.png", dpi=110)
+    print(f"figure: {run / 'curves.png'}")
 
 
 if __name__ == "__main__":

@@ -476,8 +476,7 @@ def sample_skip(num_layers: int, skip_ratio: float, generator=None, pool: list[i
 def nested_kl(model: Decoder, pairs: list[tuple[list[int], list[int]]], skips: Tensor) -> Tensor:
     """KL(mu || pi) per token under each mask, (masks,): exact over the vocabulary, at the tokens of the completions.
 
-    pairs: (prompt, completion) ids. skips: (masks, num_layers) bool; the rows of `torch.eye(num_layers) > 0` leave out one
-    layer each and tell what it is worth.
+    pairs: (prompt, completion) ids. skips: (masks, num_layers) bool; `torch.eye(num_layers) > 0`: each layer by itself.
     """
     kl = torch.zeros(len(skips), dtype=torch.float64)
     for prompt, completion in pairs:  # one by one: (actions, vocab) can be large

@@ -167,12 +167,9 @@ def value_loss(values, values_old, returns, mask, clip, denominator) -> Tensor:
 
 
 def action_stats(model: Decoder, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """log pi(a_t|s_t) and V_phi(s_t) of the full model, (N, T-1) each, 0 outside the mask; logits for actions only.
-
-    tokens: (N, T); mask: (N, T-1).
-    """
+    """log pi(a_t|s_t) and V_phi(s_t) of the full model on tokens (N, T), (N, T-1) each, 0 outside the mask (N, T-1)."""
     hidden = model(tokens)[:, :-1][mask]  # (actions, d)
-    logp = token_logp(model.logits(hidden), tokens[:, 1:][mask])  # (actions,)
+    logp = token_logp(model.logits(hidden), tokens[:, 1:][mask])  # (actions,); no logits where nobody acted
     values = model.values(hidden)  # (actions,)
     return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (logp, values))
 
@@ -197,10 +194,7 @@ def minibatches(count: int, config: Config, step: int, generator: torch.Generato
 
 
 def ppo_update(run: Run, rollout: Rollout, batch_tensors: tuple[Tensor, ...], batches: Iterator) -> dict[str, float]:
-    """Step 6 of main; returns the means over all tokens that were updated on.
-
-    batch_tensors: logp_old, logp_behav, values_old, advantages, returns, (N, T-1) each.
-    """
+    """Step 6 of main, on logp_old, logp_behav, values_old, advantages, returns, (N, T-1) each; means over its tokens."""
     config, tokens, lengths, mask = run.config, rollout.tokens, rollout.lengths, rollout.action_mask
     sums, grad_norms = torch.zeros(4, dtype=torch.float64), []  # policy loss, value loss, clipped tokens, tokens
     for rows, lr in batches:

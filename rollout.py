@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from model import Decoder, check_checkpoint, gather, gathered, load, nested_kl, process_group, rank, read_json
@@ -57,8 +58,7 @@ def token_logp(logits: Tensor, tokens: Tensor) -> Tensor:
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token a row and its log-probability from the full softmax: no top-k, no top-p, or mu would lose support.
 
-    logits: (R, vocab); uniform: (R,) float64 in [0, 1), inverted through the cumulative distribution.
-    Temperature 0 is greedy, with the log-probability at temperature 1.
+    logits: (R, vocab); uniform: (R,) float64 in [0, 1). Temperature 0 is greedy, its log-probability that at 1.
     """
     probs = (logits / temperature if temperature not in (0, 1) else logits).softmax(-1)  # (R, vocab)
     if temperature == 0:
@@ -156,7 +156,8 @@ def sample(
     # 3. decode; whoever has ended makes place for who waits
     decode = graphed(step) if device.type == "cuda" else step
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=model.autocast)  # casts the weights once for all
-    with gathered(model), torch.inference_mode(), autocast:
+    bar = tqdm(total=len(waiting), desc="sample", leave=False, delay=10, disable=rank() > 0)  # shown after 10 seconds
+    with gathered(model), torch.inference_mode(), autocast, bar:
         cache = model.new_cache(slots, T, skipped)
         while waiting or R:
             while waiting and R <= 0.875 * slots:  # not for each slot that falls free: a prefill of few rows is slow
@@ -168,6 +169,7 @@ def sample(
                 stay = int((~ended).sum())
                 holes, movers = ended[:stay].nonzero()[:, 0], stay + (~ended[stay:]).nonzero()[:, 0]
                 row[holes], cache[:, :, holes] = row[movers], cache[:, :, movers]
+                bar.update(R - stay)
                 row[stay:R], R = N, stay
             if R:  # on a GPU in few sizes, for each of which a graph is captured
                 size = (min(slots, 1 << (R - 1).bit_length()), T) if every > 1 else (R, int(lengths[row[:R]].max()))
@@ -216,10 +218,7 @@ MEASURED = 16  # completions that tell what each layer is worth
 
 
 def measure_layers(model: Decoder, pairs: list[tuple[list[int], list[int]]]):
-    """What each layer is worth: KL(mu||pi) per token without it alone, on (prompt, completion) pairs of ids.
-
-    Measured once and carried on in `config.json` of every checkpoint, so that warm-up and RL draw from the same layers.
-    """
+    """What each layer is worth: KL(mu||pi) per token without it. Once: `config.json` carries it to every later run."""
     if not getattr(model.hf_config, "layer_kl", None):
         model.hf_config.layer_kl = nested_kl(model, pairs, torch.eye(len(model.layers)) > 0).tolist()
 
@@ -227,8 +226,8 @@ def measure_layers(model: Decoder, pairs: list[tuple[list[int], list[int]]]):
 def skip_pool(model: Decoder, count: int, config: "NestedConfig") -> list[int]:
     """The layers among which eq. (2) draws the `count` that mu leaves out, by --skip-layers.
 
-    inner, the paper: all but the first and the last. cheap, ours: twice as many as are left out, those that are worth least,
-    since some inner layers of a pretrained model cannot be missed. Or the layers of a list.
+    inner, the paper: all but the first and the last. cheap, ours: twice as many as are left out, those worth least, since
+    some layers of a pretrained model cannot be missed. Or those of a list.
     """
     pool = inner = list(range(1, len(model.layers) - 1))
     if config.skip_layers == "cheap" and count:
@@ -249,10 +248,7 @@ SYSTEM_PROMPTS = {  # nl: that of Qwen2.5-Math-Instruct; for programs it is ours
 
 
 def turn_end(model: Decoder) -> int | None:
-    """The EOS with which the chat template ends an answer. None where it ends otherwise, or where there is no template.
-
-    Then the model is a base model: some carry a template that they were not trained on (Qwen2.5), with another EOS.
-    """
+    """The EOS with which the chat template ends an answer. None: a base model; some have a template with another EOS."""
     if not model.tokenizer.chat_template:
         return None
     (ids,) = model.encode_chats([[("user", "1 + 1?"), ("assistant", "2")]], prompt=False)
@@ -268,10 +264,7 @@ def is_chat(model: Decoder, config: "SharedConfig") -> bool:
 
 
 def encode_prompts(problems: list[Problem], model: Decoder, config: "SharedConfig", room, training=False) -> list:
-    """Token ids of every prompt, in the style that `is_chat` finds, with the special tokens that belong in front.
-
-    What leaves no `room` for a completion in the context is no prompt: see `check_fit`.
-    """
+    """Token ids of every prompt, in the style that `is_chat` finds; each must leave `room` for a completion."""
     if is_chat(model, config):
         system = SYSTEM_PROMPTS[config.engine]
         try:
@@ -400,9 +393,11 @@ class SharedConfig:
         defaults = {"task": None if source else "toy", "engine": "nl", "prompt_style": "auto"}
         if self.task in (None, trained.get("task")):  # another task has other problems and lengths
             defaults |= {"data": None, "test_data": None, "max_new_tokens": None}
-        for name in defaults.keys() & trained.keys() - {"max_new_tokens"}:
-            if (given := getattr(self, name, None)) not in (None, trained[name]):
-                print(f"--{name.replace('_', '-')} is {given}; {source} was trained with {trained[name]}")
+        known = [name for name in defaults if name in trained and name != "max_new_tokens"]
+        differ = [name for name in known if getattr(self, name, None) not in (None, trained[name])]
+        others = (f"--{name.replace('_', '-')} {trained[name]} (here: {getattr(self, name)})" for name in differ)
+        if differ:
+            print(f"{source} was trained with {', '.join(others)}")
         self.fill_in({name: trained.get(name, default) for name, default in defaults.items()})
         if self.task is None:
             raise InputError(f"{source} does not say what it was trained on: name a --task, one of {', '.join(TASKS)}")
@@ -437,12 +432,9 @@ class NestedConfig(SharedConfig):
 
 
 def run_script(main, config_class, parser: HfArgumentParser | None = None):
-    """Run a stage with the flags of its dataclass. A typo or bad input ends it with one line and exit code 2.
-
-    So do running out of memory and a failed save. Numbers that went bad, a log that cannot be written: exit code 1.
-    """
+    """Run a stage. Bad input, no memory, a failed save: one line, exit code 2. Bad numbers, a failed log: 1."""
     parser = parser or HfArgumentParser(config_class, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # without the list of all flags
+    parser.error = lambda message: parser.exit(2, f"error: {message}; --help lists the flags\n")
     parser._negative_number_matcher = re.compile(r"-[.\d]")  # -1e-5 is a number, too
     try:
         flags = vars(parser.parse_args())
@@ -471,10 +463,7 @@ class Config(NestedConfig):
 
 
 def main(config: Config) -> dict[str, tuple[Grades, float, float]]:
-    """Print what each layer is worth, then completions of pi and mu from the same noise, and how both do.
-
-    Returns grades, tokens/s and exact KL per token of both.
-    """
+    """Print what each layer is worth and what pi and mu write; returns grades, tokens/s and exact KL per token of both."""
     model = load(config.model, config.device, config.dtype)
     problems = load_problems(config.task, "test", config.test_data, config.test_limit, config.engine)
     prompts, num_layers = encode_prompts(problems, model, config, config.max_new_tokens), len(model.layers)

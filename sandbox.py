@@ -62,23 +62,17 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 
 class Outcome(NamedTuple):
-    """How a program ended. answer: the text of a number if status is "ok", else None.
+    """How a program ended."""
 
-    status: "ok"; "error" (it raised, left, or returned no number); "timeout"; "killed" (a crash).
-    """
-
-    status: str
-    answer: str | None
+    status: str  # "ok"; "error" (it raised, left, or returned no number); "timeout"; "killed" (a crash)
+    answer: str | None  # the text of a number if status is "ok"
 
 
 # ---- in the trainer ----
 
 
 def execute(programs: list[str], unsafe: bool = False) -> list[Outcome]:
-    """Run programs, one a core at a time, from any thread.
-
-    Raises InputError where the system cannot hold programs back, unless unsafe: then only the limits do.
-    """
+    """Run programs, one a core at a time. InputError where nothing holds them back, unless unsafe: then the limits do."""
     with ThreadPoolExecutor(CORES) as pool:
         return list(pool.map(lambda program: run_program(program, unsafe), programs))
 

@@ -128,10 +128,7 @@ def main(config: Config) -> dict:
 
 
 def toy_model(config: Config, problems: list[Problem]) -> Decoder:
-    """A decoder of about half a million parameters with new weights, and a tokenizer trained on the problems.
-
-    Byte-level BPE with digits apart, of a few hundred tokens, with ids of its own for padding and EOS.
-    """
+    """A new decoder of half a million parameters, and a byte-level BPE, digits apart, trained on the problems."""
     bpe = Tokenizer(models.BPE())
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # no regex: tokens may span words
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_])
@@ -202,10 +199,7 @@ def batch_indices(seed: int, step: int, batch: int, count: int) -> list[int]:
 
 
 def micro_batches(lengths: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
-    """Rows of like length, `size` at a time and process, and the columns they need.
-
-    All processes make the same number of passes, some of them perhaps without a row.
-    """
+    """Rows of like length, `size` at a time, and the columns they need; a process may get none, but makes the pass."""
     for rows in lengths.argsort(stable=True).split(size * world_size()):
         yield rows[rank() :: world_size()], int(lengths[rows[-1]])
 
@@ -283,6 +277,7 @@ class Run:
             f"{stage}, {config.model or 'a new model'}: {size:,} parameters, {len(model.layers)} layers, {style} prompts"
             f"{flags}; {marks['the training problems'][0]} problems, {len(self.tests)} test problems; "
             f"steps {self.state['step'] + 1} to {steps}, saved in {self.out}"
+            f"{'; if a step takes 30 s, give torchrun a --shutdown-timeout for Ctrl-C' * (world_size() > 1)}"
         )
 
     def read(self) -> dict | None:
@@ -303,13 +298,11 @@ class Run:
                 raise InputError(f"{file}: written by {saved['stage']}.py; {stage}.py cannot resume it")
             free = {name: now[name] for name in FREE_ON_RESUME & now.keys()}
             before = asdict(type(self.config)(**(saved["config"] | free)))  # a flag it did not know has its default
-            marks = [name for name, mark in self.fixed["marks"].items() if saved["marks"][name] != mark]
-        changed = [name for name in now if now[name] != before[name]]
-        if changed:
-            flags = ", ".join(f"--{name.replace('_', '-')} {now[name]} (there: {before[name]})" for name in changed)
-            raise InputError(f"{file}: a run with other flags: {flags}; take the same ones or another --out")
-        if marks:
-            raise InputError(f"{file}: no longer those of this run: {', '.join(marks)}; take another --out")
+            changed = [name for name in now if now[name] != before[name]]
+            others = [f"--{name.replace('_', '-')} {now[name]} (there: {before[name]})" for name in changed]
+            others += [name for name, mark in self.fixed["marks"].items() if saved["marks"][name] != mark]
+        if others:
+            raise InputError(f"{file}: of a run with other {', '.join(others)}; take the same or another --out")
         return saved
 
     def cut_logs(self, sizes: dict[str, int]):
@@ -323,12 +316,13 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, until numbers go bad, or Ctrl-C or SIGTERM comes: that one finishes its step."""
+        said = f"\nstopping after this step; once more to leave at once; {self.out} has what was saved, for --resume\n"
 
         def note(number, frame):
             if self.stop:
                 os._exit(128 + number)  # the second one leaves at once
             self.stop.append(number)
-            os.write(2, b"\nstopping after this step; once more to leave at once\n")  # print() is not safe in here
+            os.write(2, said.encode())  # print() is not safe in here
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         done, name = self.state["step"], self.fixed["stage"]
@@ -432,16 +426,15 @@ class Run:
         """The last checkpoint, evaluation and figure; a run that was asked to stop, or whose numbers went bad, ends here."""
         state, out = self.state, self.out
         if len(bad := state["bad_in_a_row"]) >= BAD_IN_A_ROW:  # what became of the weights replaces nothing
-            raise FloatingPointError(
-                f"{out}: {sum(bad)} updates of {len(bad)} batches in a row, up to step {state['step']}, were not finite and "
-                f"left out; a checkpoint from before stays. See bad_batches.jsonl; try a lower --lr or --dtype float32"
-            )
+            what = f"{sum(bad)} updates of {len(bad)} batches in a row, up to step {state['step']}, were not finite"
+            raise FloatingPointError(f"{out}: {what}; see bad_batches.jsonl, try a lower --lr; the last save stays")
         self.save()
         if self.stopped():
             words = [*sys.argv, *(() if "--resume" in sys.argv else ("--resume",))]
             start = "python" if world_size() == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
             print(f"stopped after step {state['step']}, saved in {out}; go on with: {start} {shlex.join(words)}")
             sys.exit(128 + self.stop[0])
+        print(f"checkpoint: {out}    next: {then}")
         result = evaluate(self.model, self.tests, self.config, out=out)
         if rank() == 0:
             draw_curves(out, curves)
@@ -449,8 +442,7 @@ class Run:
         outcomes = ", ".join(f"{name.replace('_', ' ')} {x:.3f}" for name, x in result["greedy_outcomes"].items())
         print(
             f"greedy accuracy on {result['problems']} test problems: {result['greedy_accuracy']:.3f} "
-            f"(95% interval {low:.3f}-{high:.3f}; {outcomes}); trained for {state['seconds']:.0f} s\n"
-            f"checkpoint: {out}    next: {then}"
+            f"(95% interval {low:.3f}-{high:.3f}; {outcomes}); trained for {state['seconds']:.0f} s"
         )
         return result
 

@@ -251,7 +251,7 @@ def test_other_prompts_end_tokens_or_test_problems_are_not_resumed(
         real = warmup.load_problems
         monkeypatch.setattr(warmup, "load_problems", lambda *args: real(*args)[::-1])
     before = snapshot(tmp_path / "run")
-    with pytest.raises(InputError, match=rf"trainer\.pt: no longer those of this run: {words};"):
+    with pytest.raises(InputError, match=rf"trainer\.pt: of a run with other {words};"):
         reinforce(tmp_path / "moved", tmp_path / "run", resume=True)
     assert snapshot(tmp_path / "run") == before
 
