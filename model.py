@@ -428,10 +428,7 @@ def named_in_errors(file: str | Path):
 
 
 def load(source: str | Path, device: str | None, dtype: str | None) -> Decoder:
-    """A decoder with its tokenizer, and the ids that end a completion: of generation_config, config or tokenizer.
-
-    dtype: "float32", "float64", or "bfloat16": fp32 weights whose passes run in bf16 (the default on CUDA).
-    """
+    """A decoder with tokenizer and EOS ids. dtype "bfloat16": fp32 weights, passes in bf16 (the default on CUDA)."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     decoder = Decoder.from_pretrained(source, torch.float64 if dtype == "float64" else torch.float32, device)

@@ -15,6 +15,7 @@ Departures from ReFT, the paper (its code in brackets):
 - Critic: beside eq. (10) the value head alone is fitted to the returns of each batch, see `fit_value_head`; lam is 1. With
   ReFT's lam .95 and a V that knows nothing, A_t = lam^(L-t) r: long right completions are pushed down at their start.
 - A completion cut at --max-new-tokens has no answer: reward 0 (the code pays it), and no bootstrapped value.
+- A program is sampled whole (the code gives `def solution():` and the question as its docstring, and samples the body).
 - gamma and lam in the usual sense of Schulman et al. The paper calls the reward discount lambda = 1 and the TD discount
   gamma = 0.95; the code has gamma = 1, lam = 0.95.
 Departures from Nested-ReFT: its code is not public and the names of the corrections are ours; see `correction_terms`.

@@ -75,6 +75,7 @@ def prompt_seeds(seed: int, count: int) -> list[int]:
     return np.random.SeedSequence(seed).generate_state(count, np.uint64).tolist()
 
 
+MEASURED = 16  # completions that tell what each layer is worth
 PREFILL = 32  # prompts of one prefill; sorted by length, they have little padding among them
 LOOK_EVERY = {"cuda": 16}  # steps between looks for ended rows; each makes the host wait for a GPU. Elsewhere: 1
 
@@ -209,12 +210,6 @@ def graphed(step: Callable[[int, int], None]) -> Callable[[int, int], None]:
             step(*size)
 
     return replay
-
-
-# ---- which layers mu may leave out ----------------------------------------------------------------------------------
-
-
-MEASURED = 16  # completions that tell what each layer is worth
 
 
 def measure_layers(model: Decoder, pairs: list[tuple[list[int], list[int]]]):
@@ -358,7 +353,7 @@ class SharedConfig:
     """Flags that mean the same in every script."""
 
     task: Literal[TASKS] | None = flag(None, "which problems (default: those of the run that made --model; else toy)")
-    test_data: str | None = flag(None, "test problems: a JSON file or hub id (default: the run's, the usual ones)")
+    test_data: str | None = flag(None, "test problems: a file or hub id (default: the run's, the usual ones)")
     test_limit: int | None = flag(None, "use only the first so many test problems")
     engine: Literal["nl", "python"] | None = flag(None, "python: programs (default: the run's, nl: natural language)")
     prompt_style: Literal["auto", "reft", "chat"] | None = flag(None, "default: the run's; auto: chat for chat models")

@@ -49,7 +49,7 @@ PRETRAINED |= {"skip_ratio": 0.07}
 class TrainConfig(NestedConfig):
     """Flags of both training stages."""
 
-    data: str | None = flag(None, "training problems: a JSON file or hub id (default: the run's, the usual ones)")
+    data: str | None = flag(None, "training problems: a file or hub id (default: the run's, the usual ones)")
     limit: int | None = flag(None, "use only the first so many training problems")
     seed: int = flag(0, "seed of weights, data order, skip masks and sampling")
     micro_batch: int = flag(16, "rows of one pass (of each process); lower it to save memory, the gradient stays")
@@ -431,7 +431,9 @@ class Run:
         self.save()
         if self.stopped():
             words = [*sys.argv, *(() if "--resume" in sys.argv else ("--resume",))]
-            start = "python" if world_size() == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this node
+            many = f"torchrun{' --nnodes ...' * (local < world_size())} --nproc-per-node {local}"
+            start = "python" if world_size() == 1 else many
             print(f"stopped after step {state['step']}, saved in {out}; go on with: {start} {shlex.join(words)}")
             sys.exit(128 + self.stop[0])
         print(f"checkpoint: {out}    next: {then}")
