@@ -139,7 +139,7 @@ MUTATIONS = {
         ('if name.startswith("value_head") or name', "if name", "test_model.py -k shrunk"),
         ("OPT_OFFSET = 2 ", "OPT_OFFSET = 1 ", "test_model.py -k equal_transformers"),
         ("frequency / (2 * torch.pi)", "frequency / torch.pi", "test_model.py -k equal_transformers"),
-        ("1e-5 if opt", "1e-2 if opt", "test_model.py -k equal_transformers"),
+        ('("layer", 1e-5) if opt', '("layer", 1e-2) if opt', "test_model.py -k equal_transformers"),
         ("alpha=self.head_dim**-0.5", "alpha=self.head_dim**-0.4", "test_model.py -k cached_equals"),
         ("device) > positions", "device) >= positions", "test_model.py -k cached_equals"),
         ('decoder.autocast = dtype == "bfloat16"', "decoder.autocast = False", "test_survival.py -k reference_gives"),
