@@ -402,7 +402,7 @@ def result_text(value: object) -> str:
         if not math.isfinite(value):
             raise ValueError("not finite")
         text = f"{value:.12g}"
-        if not math.isclose(float(text), value, rel_tol=1e-13):
+        if not math.isclose(float(text), value, rel_tol=1e-14):
             text = f"{value:.15g}"
         if abs(value) < 10**18 and value == int(value):
             text = f"{value:.0f}"
