@@ -729,5 +729,5 @@ def test_peak_memory_is_logged(toy_run):
 
 def test_a_short_soak_ends_with_the_weights_of_an_undisturbed_run(toy_run, tmp_path):
     shutil.copytree(toy_run, tmp_path / "warmup")
-    hits = soak(tmp_path, minutes=0.15, steps=5, longest=2.0)
+    hits = soak(tmp_path, minutes=0.05, steps=10, longest=0.6)
     assert hits.pop("steps") > 0 and hits.total() > 0
