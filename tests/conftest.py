@@ -46,3 +46,36 @@ def toy_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "warmup"
     warmup.main(warmup.Config(out=str(out), steps=20, limit=400, test_limit=8))
     return out
+
+
+@pytest.fixture(scope="session")
+def small_run(toy_run, tmp_path_factory):
+    """Four narrow random layers under the tokenizer of toy_run; many ids end a completion, so that all lengths occur."""
+    from transformers import LlamaConfig
+
+    from model import Decoder, load
+
+    files = load(toy_run, None, None).files
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 400, "max_position_embeddings": 256, "initializer_range": 0.5}
+    model = Decoder(LlamaConfig(**sizes, pad_token_id=0, bos_token_id=None, eos_token_id=list(range(1, 400, 9))))
+    model.files = files
+    out = tmp_path_factory.mktemp("runs") / "small"
+    model.save_pretrained(out)
+    (out / "run.json").write_bytes((toy_run / "run.json").read_bytes())
+    return out
+
+
+@pytest.fixture(scope="module")
+def rewards_that_differ():
+    """Barely trained checkpoints earn nothing; without rewards there would be no advantages and no gradient."""
+    import rl
+
+    def varied(*args, real=rl.grade):
+        grades = real(*args)
+        return grades._replace(rewards=torch.tensor([(0.0, 1.0, 0.1)[n % 3] for n in range(len(grades.texts))]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rl, "grade", varied)
+        yield

@@ -292,7 +292,7 @@ def test_bad_input_is_one_line_with_exit_code_2_and_nothing_written(
         ("evaluate", ["MODEL", "file"], "file: not a"),  # before the first one takes its time
         ("rollout", ["--model", "file"], "file: not a"),
         ("evaluate", ["MODEL", "--out", "file"], "file: cannot be written"),
-        ("evaluate", ["MODEL", "--keep-correct", "file/x", "--samples", 1], "file: cannot be written"),
+        ("evaluate", ["MODEL", "--keep-correct", "file/x", "--samples", 1, "--limit", 2], "file: cannot be written"),
     ],
 )
 def test_evaluate_and_rollout_refuse_a_file_as_checkpoint_and_as_folder(

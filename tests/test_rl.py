@@ -21,6 +21,7 @@ from rl import gae, policy_loss, value_loss, whiten
 from rollout import grade, sample
 from warmup import Run, collate, encode_examples
 
+pytestmark = pytest.mark.usefixtures("rewards_that_differ")
 PAD, EOS = 0, 1
 REWARDS = torch.arange(8.0)
 
@@ -34,17 +35,6 @@ def train(toy_run, out, **flags):
     defaults = {"model": str(toy_run), "out": str(out), "steps": 1, "rollout_batch": 8, "minibatch": 4, "limit": 40}
     rl.main(rl.Config(**(defaults | {"max_new_tokens": 12, "test_limit": 40} | flags)))
     return load(out, None, flags.get("dtype")), metrics(out)
-
-
-@pytest.fixture(autouse=True)
-def rewards_that_differ(monkeypatch):
-    """The barely trained checkpoint earns nothing; without rewards there would be no advantages and no gradient."""
-
-    def varied(*args):
-        grades = grade(*args)
-        return grades._replace(rewards=torch.tensor([(0.0, 1.0, 0.1)[n % 3] for n in range(len(grades.texts))]))
-
-    monkeypatch.setattr(rl, "grade", varied)
 
 
 # ---- eqs. (5)-(7) ---------------------------------------------------------------------------------------------------

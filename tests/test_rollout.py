@@ -451,13 +451,14 @@ def test_what_is_sampled_in_the_midst_of_an_answer_is_not_dropped(between, toy_r
     assert grades.rewards[0] < 1 and "18" not in grades.texts[0] and not grades.texts[0].endswith("<eos>")
 
 
-def test_a_prompt_that_fits_exactly_is_accepted_and_one_token_more_refused(decoder, toy_run):
+def test_a_prompt_that_fits_exactly_is_accepted_and_one_token_more_refused(decoder, toy_run, monkeypatch):
     model, problems = load(toy_run, None, None), load_problems("toy", "test", limit=1)
     (prompt,) = encode_prompts(problems, model, SharedConfig(), 1)
     room = model.config.max_positions - len(prompt)
     assert encode_prompts(problems, model, SharedConfig(), room) == [prompt]
     with pytest.raises(InputError, match="exceed the model's context"):
         encode_prompts(problems, model, SharedConfig(), room + 1)
+    monkeypatch.setattr(decoder.config, "max_positions", 64)
     room = decoder.config.max_positions - 1
     prompt = [7] * (room - 2)
     assert run(decoder, [prompt], max_new_tokens=3, eos_id=[], num_samples=1).lengths.tolist() == [room + 1]

@@ -1,5 +1,6 @@
 """Every program here runs for real. The hostile ones are bounded: where a defence fails, they end by themselves."""
 
+import ast
 import json
 import math
 import os
@@ -169,15 +170,20 @@ def test_near_a_whole_gold():
     assert score_programs([body(f"return {result}") for result in results], golds, "svamp") == list(results.values())
 
 
-def test_all_programs_of_reft_are_right():
+def test_programs_of_reft_are_right():
+    """One of each shape: its syntax without names, words and numbers."""
     if not SVAMP.exists():
         pytest.skip(f"{SVAMP} is not there")
     rows = [json.loads(line) for line in SVAMP.open()]
+    odd = [row for row in rows if re.search(r"\b(open|\w*sys\w*)\b", row["answer_cot"])]
+    assert len(rows) == 3043 and {row["item_id"] for row in odd} == ODD
+    syntax = [ast.dump(ast.parse(row["answer_cot"])) for row in rows]
+    shapes = [re.sub(r"value=-?[\d.]+|'[^']*'|\"[^\"]*\"", "", text) for text in syntax]
+    rows = [*dict(zip(shapes, rows, strict=True)).values(), *odd]
+    assert len(rows) > 200
     rewards = score_programs([row["answer_cot"] for row in rows], [row["answer_value"] for row in rows], "svamp")
     wrong = {row["item_id"]: reward for row, reward in zip(rows, rewards, strict=True) if reward != 1.0}
-    assert len(rows) == 3043 and wrong == {}
-    odd = {row["item_id"] for row in rows if re.search(r"\b(open|\w*sys\w*)\b", row["answer_cot"])}
-    assert odd == ODD
+    assert wrong == {}
 
 
 # ---- hostile programs ----
@@ -185,8 +191,6 @@ def test_all_programs_of_reft_are_right():
 # {dir}: a folder that holds the file "keep" and must stay as it is. A program that gets what it wants returns 42.
 ERROR, TIMEOUT, KILLED, NEVER_OK = {"error"}, {"timeout"}, {"killed"}, {"error", "timeout", "killed"}
 HOSTILE = {
-    "infinite loop": (TIMEOUT, "while True: pass"),
-    "sleep": (TIMEOUT, "import time\ntime.sleep(20)\nreturn 42"),
     "deadlock": (
         TIMEOUT,
         "import _thread\nlock = _thread.allocate_lock()\nlock.acquire()\nlock.acquire(True, 20)\nreturn 42",
@@ -493,12 +497,13 @@ def test_server_holds_neither_torch_nor_files(new_servers):
     assert "torch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
 
 
-@pytest.mark.parametrize("seccomp", [b"", b"nonsense"])
-def test_refusal_and_unsafe(seccomp, new_servers, monkeypatch, tmp_path):
+def test_refusal_and_unsafe(new_servers, monkeypatch, tmp_path):
     """Without a filter: refused; with unsafe, limits hold and descendants die."""
-    monkeypatch.setattr(sandbox, "seccomp_filter", lambda: seccomp)
-    with pytest.raises(InputError, match=r"cannot be held back here: .*filter.*--unsafe-exec"):
-        execute([HONEST])
+    for seccomp in (b"nonsense", b""):
+        sandbox.stop_idle()
+        monkeypatch.setattr(sandbox, "seccomp_filter", lambda seccomp=seccomp: seccomp)
+        with pytest.raises(InputError, match=r"cannot be held back here: .*filter.*--unsafe-exec"):
+            execute([HONEST])
     daemon = HOSTILE["daemon"][1].format(dir=tmp_path)
     bomb = "import os, time\nfor _ in range(3): os.fork()\ntime.sleep(20)"
     programs = [HONEST, daemon and body(daemon), body("while True: pass"), body("x = bytearray(3 << 30)"), body(bomb)]

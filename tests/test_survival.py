@@ -22,7 +22,8 @@ from model import Decoder, load
 from reward import InputError
 from rollout import run_script
 
-TINY = {"limit": 40, "test_limit": 40, "max_new_tokens": 12}
+pytestmark = pytest.mark.usefixtures("rewards_that_differ")
+TINY = {"limit": 40, "test_limit": 9, "max_new_tokens": 12}
 
 
 def warm(out, **changes):
@@ -66,18 +67,18 @@ def stopped(train, step):
 
 
 @pytest.fixture(scope="module")
-def whole(toy_run, tmp_path_factory):
+def whole(small_run, rewards_that_differ, tmp_path_factory):
     """A run of rl.py that nobody disturbed."""
     run = tmp_path_factory.mktemp("whole") / "rl"
-    reinforce(toy_run, run)
+    reinforce(small_run, run)
     return run
 
 
 @pytest.fixture(scope="module")
-def two_steps(toy_run, tmp_path_factory):
+def two_steps(small_run, rewards_that_differ, tmp_path_factory):
     """The first half of that run; tests copy it."""
     run = tmp_path_factory.mktemp("half") / "rl"
-    stopped(lambda: reinforce(toy_run, run), 2)
+    stopped(lambda: reinforce(small_run, run), 2)
     return run
 
 
@@ -93,47 +94,47 @@ def test_warm_up_stopped_and_resumed_equals_one_run_to_the_bit(tmp_path):
     assert state(tmp_path / "two") == state(tmp_path / "one")
 
 
-def test_rl_stopped_and_resumed_equals_one_run_to_the_bit(toy_run, whole, two_steps, tmp_path):
+def test_rl_stopped_and_resumed_equals_one_run_to_the_bit(small_run, whole, two_steps, tmp_path):
     assert len(read_metrics(two_steps)) == 2
     shutil.copytree(two_steps, tmp_path / "two")
-    reinforce(toy_run, tmp_path / "two", resume=True)
+    reinforce(small_run, tmp_path / "two", resume=True)
     assert state(tmp_path / "two") == state(whole)
 
 
-def test_lines_past_the_checkpoint_are_cut_on_resume(toy_run, whole, tmp_path, monkeypatch):
+def test_lines_past_the_checkpoint_are_cut_on_resume(small_run, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         hit_at(patch, 3, crash)
         with pytest.raises(KeyError):
-            reinforce(toy_run, tmp_path, save_every=2)
+            reinforce(small_run, tmp_path, save_every=2)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "sec')  # half a line
-    reinforce(toy_run, tmp_path, resume=True)
+    reinforce(small_run, tmp_path, resume=True)
     assert state(tmp_path) == state(whole)
 
 
 @pytest.mark.parametrize("crashed", [False, True])
-def test_resume_with_nothing_there_starts_from_the_beginning(toy_run, whole, tmp_path, monkeypatch, capsys, crashed):
+def test_resume_with_nothing_there_starts_from_the_beginning(small_run, whole, tmp_path, monkeypatch, capsys, crashed):
     if crashed:  # before its first checkpoint
         with monkeypatch.context() as patch:
             hit_at(patch, 1, crash)
             with pytest.raises(KeyError):
-                reinforce(toy_run, tmp_path)
+                reinforce(small_run, tmp_path)
         assert len(read_metrics(tmp_path)) == 1
-    reinforce(toy_run, tmp_path, resume=True)
+    reinforce(small_run, tmp_path, resume=True)
     assert "nothing to resume" in capsys.readouterr().out
     assert state(tmp_path) == state(whole)
 
 
-def test_a_finished_run_resumed_changes_nothing(toy_run, whole, tmp_path):
+def test_a_finished_run_resumed_changes_nothing(small_run, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "rl")
-    reinforce(toy_run, tmp_path / "rl", resume=True)
+    reinforce(small_run, tmp_path / "rl", resume=True)
     assert state(tmp_path / "rl") == state(whole)
 
 
 @pytest.mark.parametrize("stage", ["warmup", "rl"])
 @pytest.mark.parametrize("held", ["all", "metrics.jsonl", "config.json", "trainer.pt"])
 def test_a_folder_that_holds_a_run_is_refused_with_both_ways_out_and_stays_as_it_is(
-    toy_run, two_steps, tmp_path, stage, held
+    small_run, two_steps, tmp_path, stage, held
 ):
     out = tmp_path / "run"
     out.mkdir()
@@ -142,52 +143,52 @@ def test_a_folder_that_holds_a_run_is_refused_with_both_ways_out_and_stays_as_it
             shutil.copy(file, out)
     before = snapshot(out)
     with pytest.raises(InputError, match=r"--out .*/run holds a run .*--resume, or name another folder"):
-        warm(out) if stage == "warmup" else reinforce(toy_run, out)
+        warm(out) if stage == "warmup" else reinforce(small_run, out)
     assert snapshot(out) == before != {}
 
 
-def test_a_model_without_trainer_pt_is_not_resumed_and_stays_as_it_is(toy_run, two_steps, tmp_path):
+def test_a_model_without_trainer_pt_is_not_resumed_and_stays_as_it_is(small_run, two_steps, tmp_path):
     shutil.copytree(two_steps, tmp_path / "run")
     (tmp_path / "run" / "trainer.pt").unlink()
     before = snapshot(tmp_path / "run")
-    for train in (lambda out: warm(out, resume=True), lambda out: reinforce(toy_run, out, resume=True)):
+    for train in (lambda out: warm(out, resume=True), lambda out: reinforce(small_run, out, resume=True)):
         with pytest.raises(InputError, match=r"no trainer\.pt to resume; name another folder"):
             train(tmp_path / "run")
     assert snapshot(tmp_path / "run") == before
 
 
-def test_resume_reads_trainer_pt_and_the_logs_and_nothing_else(toy_run, whole, two_steps, tmp_path):
+def test_resume_reads_trainer_pt_and_the_logs_and_nothing_else(small_run, whole, two_steps, tmp_path):
     for name in ("trainer.pt", *warmup.LOGS):
         if (two_steps / name).exists():
             shutil.copy(two_steps / name, tmp_path)
     for name in ("model.safetensors", "value_head.pt", "config.json"):
         (tmp_path / name).write_text("of another save")
-    reinforce(toy_run, tmp_path, resume=True)
+    reinforce(small_run, tmp_path, resume=True)
     assert state(tmp_path) == state(whole)
 
 
-def test_a_log_that_is_shorter_than_at_the_checkpoint_is_refused(toy_run, two_steps, tmp_path):
+def test_a_log_that_is_shorter_than_at_the_checkpoint_is_refused(small_run, two_steps, tmp_path):
     shutil.copytree(two_steps, tmp_path / "run")
     with (tmp_path / "run" / "metrics.jsonl").open("rb+") as file:
         file.truncate(100)
     with pytest.raises(InputError, match=r"metrics\.jsonl: shorter"):
-        reinforce(toy_run, tmp_path / "run", resume=True)
+        reinforce(small_run, tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize(
     ("flag", "value"), [("lr", 2e-3), ("seed", 1), ("skip_ratio", 0.125), ("correction", "retrace"), ("limit", 39)]
 )
-def test_resume_with_another_flag_names_it_and_changes_nothing(toy_run, two_steps, tmp_path, flag, value):
+def test_resume_with_another_flag_names_it_and_changes_nothing(small_run, two_steps, tmp_path, flag, value):
     shutil.copytree(two_steps, tmp_path / "rl")
     before = snapshot(tmp_path / "rl")
     with pytest.raises(InputError, match=f"--{flag.replace('_', '-')} {value}"):
-        reinforce(toy_run, tmp_path / "rl", resume=True, **{flag: value})
+        reinforce(small_run, tmp_path / "rl", resume=True, **{flag: value})
     assert snapshot(tmp_path / "rl") == before
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
 @pytest.mark.parametrize("stage", ["warmup", "rl"])
-def test_a_run_is_not_resumed_with_other_steps(toy_run, two_steps, tmp_path, stage, steps):
+def test_a_run_is_not_resumed_with_other_steps(small_run, two_steps, tmp_path, stage, steps):
     """Its learning rate falls to 0 at the last one."""
     if stage == "warmup":
         warm(tmp_path / "run", steps=2)
@@ -195,22 +196,22 @@ def test_a_run_is_not_resumed_with_other_steps(toy_run, two_steps, tmp_path, sta
         shutil.copytree(two_steps, tmp_path / "run")
     before = snapshot(tmp_path / "run")
     with pytest.raises(InputError, match=f"--steps {steps} "):
-        (warm if stage == "warmup" else lambda *a, **k: reinforce(toy_run, *a, **k))(
+        (warm if stage == "warmup" else lambda *a, **k: reinforce(small_run, *a, **k))(
             tmp_path / "run", steps=steps, resume=True
         )
     assert snapshot(tmp_path / "run") == before
 
 
-def test_flags_that_change_nothing_are_free_on_resume(toy_run, whole, two_steps, tmp_path):
+def test_flags_that_change_nothing_are_free_on_resume(small_run, whole, two_steps, tmp_path):
     shutil.copytree(two_steps, tmp_path / "two")
     free = {"micro_batch": 3, "max_rows": 4, "gradient_checkpointing": True, "save_every": 1, "eval_every": 4}
-    reinforce(toy_run, tmp_path / "two", resume=True, **free)
+    reinforce(small_run, tmp_path / "two", resume=True, **free)
     one, two = (load(run, None, None).state_dict() for run in (whole, tmp_path / "two"))
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-4
 
 
-def test_another_stage_and_another_reference_are_refused(toy_run, tmp_path):
-    shutil.copytree(toy_run, tmp_path / "warmup")
+def test_another_stage_and_another_reference_are_refused(small_run, tmp_path):
+    shutil.copytree(small_run, tmp_path / "warmup")
     reinforce(tmp_path / "warmup", tmp_path / "rl", steps=2)
     with pytest.raises(InputError, match=r"written by rl\.py"):
         warm(tmp_path / "rl", resume=True)
@@ -222,12 +223,12 @@ def test_another_stage_and_another_reference_are_refused(toy_run, tmp_path):
         reinforce(tmp_path / "warmup", tmp_path / "rl", steps=2, resume=True)
 
 
-def test_resume_asks_what_files_hold_and_not_where_they_are(toy_run, two_steps, tmp_path, monkeypatch):
+def test_resume_asks_what_files_hold_and_not_where_they_are(small_run, two_steps, tmp_path, monkeypatch):
     shutil.copytree(two_steps, tmp_path / "run")
-    shutil.copytree(toy_run, tmp_path / "moved")
+    shutil.copytree(small_run, tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
     reinforce("./moved", "run", resume=True)
-    reinforce(toy_run, "one")
+    reinforce(small_run, "one")
     assert state(tmp_path / "run") == state(tmp_path / "one")
 
 
@@ -240,10 +241,10 @@ def test_resume_asks_what_files_hold_and_not_where_they_are(toy_run, two_steps, 
     ],
 )
 def test_other_prompts_end_tokens_or_test_problems_are_not_resumed(
-    toy_run, two_steps, tmp_path, monkeypatch, file, change, words
+    small_run, two_steps, tmp_path, monkeypatch, file, change, words
 ):
     shutil.copytree(two_steps, tmp_path / "run")
-    shutil.copytree(toy_run, tmp_path / "moved")
+    shutil.copytree(small_run, tmp_path / "moved")
     if change:
         content = json.loads((tmp_path / "moved" / file).read_text())
         (tmp_path / "moved" / file).write_text(json.dumps(content | change))
@@ -257,27 +258,27 @@ def test_other_prompts_end_tokens_or_test_problems_are_not_resumed(
 
 
 @pytest.mark.parametrize(("advantage", "resumes"), [("gae", True), ("group", False)])
-def test_a_flag_that_the_run_did_not_know_had_its_default(toy_run, two_steps, tmp_path, advantage, resumes):
+def test_a_flag_that_the_run_did_not_know_had_its_default(small_run, two_steps, tmp_path, advantage, resumes):
     shutil.copytree(two_steps, tmp_path / "run")
     saved = torch.load(tmp_path / "run" / "trainer.pt", weights_only=True)
     del saved["config"]["advantage"], saved["config"]["kl_coef"]  # the default of one of them depends on the task
     torch.save(saved, tmp_path / "run" / "trainer.pt")
     if resumes:
-        reinforce(toy_run, tmp_path / "run", resume=True, advantage=advantage)
+        reinforce(small_run, tmp_path / "run", resume=True, advantage=advantage)
     else:
         with pytest.raises(InputError, match=r"--advantage group \(there: gae\)"):
-            reinforce(toy_run, tmp_path / "run", resume=True, advantage=advantage)
+            reinforce(small_run, tmp_path / "run", resume=True, advantage=advantage)
 
 
-def test_a_folder_is_one_process_s_until_it_dies(toy_run, tmp_path, capfd):
+def test_a_folder_is_one_process_s_until_it_dies(small_run, tmp_path, capfd):
     def refused():
         with pytest.raises(InputError, match=r"--out .*/rl is in use by another run"):
-            reinforce(toy_run, tmp_path / "rl", resume=True)
+            reinforce(small_run, tmp_path / "rl", resume=True)
 
     child = os.fork()
     if child == 0:
         warmup.Run.record = lambda *args: time.sleep(60)
-        reinforce(toy_run, tmp_path / "rl")
+        reinforce(small_run, tmp_path / "rl")
     while not (tmp_path / "rl" / "run.json").exists():
         time.sleep(0.05)
     names = sorted(os.listdir(tmp_path / "rl"))
@@ -285,16 +286,16 @@ def test_a_folder_is_one_process_s_until_it_dies(toy_run, tmp_path, capfd):
     assert sorted(os.listdir(tmp_path / "rl")) == names == ["metrics.jsonl", "run.json"]
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    reinforce(toy_run, tmp_path / "rl", resume=True, steps=1)
+    reinforce(small_run, tmp_path / "rl", resume=True, steps=1)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "tokenizer.json", "evaluation.json"])
 @pytest.mark.parametrize("resume", [False, True])
-def test_whatever_a_model_or_a_finished_run_has_left_is_not_written_over(toy_run, tmp_path, name, resume):
+def test_whatever_a_model_or_a_finished_run_has_left_is_not_written_over(small_run, tmp_path, name, resume):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("precious")
     with pytest.raises(InputError, match=r"--out .*/out holds a"):
-        reinforce(toy_run, tmp_path / "out", resume=resume)
+        reinforce(small_run, tmp_path / "out", resume=resume)
     assert snapshot(tmp_path / "out") == {tmp_path / "out" / name: b"precious"}
 
 
@@ -318,10 +319,10 @@ def check(run) -> tuple[int, set[int]]:
 
 
 @pytest.fixture
-def saver(toy_run, tmp_path):
+def saver(small_run, tmp_path):
     """save(number) into tmp_path / "run", and that folder: every weight and moment is `number`, so that mixtures show."""
-    model = load(toy_run, None, None)
-    config = warmup.Config(model=str(toy_run), out=str(tmp_path / "run"), test_limit=2, max_new_tokens=4)
+    model = load(small_run, None, None)
+    config = warmup.Config(model=str(small_run), out=str(tmp_path / "run"), test_limit=2, max_new_tokens=4)
     run = warmup.Run("warmup", config, model, warmup.fingerprint([], [], None), 10)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -407,7 +408,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_leaves_no_half_file(saver):
     save(1)
     files = snapshot(run)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for size in (1000, 200_000, 2_500_000):  # config.json fits; the tokenizer fits; the weights fit
+    for size in (1500, 50_000, 150_000):  # config.json fits; the tokenizer fits; the weights fit
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
         try:
             with pytest.raises(InputError, match="cannot save"):
@@ -441,20 +442,20 @@ def test_only_the_latest_checkpoint_stays(saver):
         assert sorted(os.listdir(run)) == names and check(run) == (number, {number})
 
 
-def test_without_save_every_a_checkpoint_is_never_older_than_half_an_hour(toy_run, tmp_path, monkeypatch):
+def test_without_save_every_a_checkpoint_is_never_older_than_half_an_hour(small_run, tmp_path, monkeypatch):
     clock, saves, real, append = [0.0], [], warmup.Run.save, warmup.Run.append
     monkeypatch.setattr(warmup, "time", SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: clock[0]))
     monkeypatch.setattr(warmup.Run, "append", lambda *args: append(*args) or clock.append(clock.pop() + 700))
     monkeypatch.setattr(warmup.Run, "save", lambda run: saves.append(run.state["step"]) or real(run))
-    reinforce(toy_run, tmp_path, steps=7)
+    reinforce(small_run, tmp_path, steps=7)
     assert saves == [3, 6, 7]
 
 
 @pytest.mark.parametrize(("name", "kept"), [("sample", 2), ("action_stats", 2), ("fit_value_head", None)])
 def test_a_step_that_fails_before_it_changes_a_weight_loses_none_of_those_before(
-    toy_run, tmp_path, monkeypatch, name, kept
+    small_run, tmp_path, monkeypatch, name, kept
 ):
-    reinforce(toy_run, tmp_path / "one")
+    reinforce(small_run, tmp_path / "one")
     real = getattr(rl, name)
 
     def fail(*args, **flags):
@@ -464,21 +465,23 @@ def test_a_step_that_fails_before_it_changes_a_weight_loses_none_of_those_before
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr(rl, name, fail)
-        reinforce(toy_run, tmp_path / "two")
+        reinforce(small_run, tmp_path / "two")
     assert (tmp_path / "two" / "trainer.pt").exists() == (kept is not None)
-    reinforce(toy_run, tmp_path / "two", resume=True)
+    reinforce(small_run, tmp_path / "two", resume=True)
     assert state(tmp_path / "two") == state(tmp_path / "one")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "value_head.pt", "trainer.pt", "config.json", "tokenizer.json"])
 @pytest.mark.parametrize("damage", ["cut", "foreign"])
-def test_a_cut_or_foreign_file_is_refused_by_name(toy_run, two_steps, tmp_path, name, damage):
+def test_a_cut_or_foreign_file_is_refused_by_name(small_run, two_steps, tmp_path, name, damage):
     shutil.copytree(two_steps, tmp_path / "rl")
     file = tmp_path / "rl" / name
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2] if damage == "cut" else b"PK\x03\x04 something else")
     with pytest.raises(InputError, match=name):
-        reinforce(toy_run, tmp_path / "rl", resume=True) if name == "trainer.pt" else load(tmp_path / "rl", None, None)
+        reinforce(small_run, tmp_path / "rl", resume=True) if name == "trainer.pt" else load(
+            tmp_path / "rl", None, None
+        )
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------
@@ -486,20 +489,20 @@ def test_a_cut_or_foreign_file_is_refused_by_name(toy_run, two_steps, tmp_path, 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_first_signal_finishes_the_step_saves_and_names_the_resume_command(
-    toy_run, tmp_path, monkeypatch, capsys, number, code
+    small_run, tmp_path, monkeypatch, capsys, number, code
 ):
     monkeypatch.setattr("sys.argv", ["rl.py", "--out", "a b"])
     before = signal.getsignal(number)
     hit_at(monkeypatch, 2, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as stopped:
-        reinforce(toy_run, tmp_path / "rl")
+        reinforce(small_run, tmp_path / "rl")
     assert stopped.value.code == code
     assert "python rl.py --out 'a b' --resume" in capsys.readouterr().out
     assert torch.load(tmp_path / "rl" / "trainer.pt", weights_only=True)["state"]["step"] == 2
     assert signal.getsignal(number) == before
 
 
-def test_a_second_signal_leaves_at_once(toy_run, tmp_path, monkeypatch):
+def test_a_second_signal_leaves_at_once(small_run, tmp_path, monkeypatch):
     def twice():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -508,7 +511,7 @@ def test_a_second_signal_leaves_at_once(toy_run, tmp_path, monkeypatch):
     hit_at(monkeypatch, 1, twice)
     child = os.fork()
     if child == 0:
-        reinforce(toy_run, tmp_path / "rl")
+        reinforce(small_run, tmp_path / "rl")
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
     assert not (tmp_path / "rl" / "trainer.pt").exists()
@@ -539,7 +542,7 @@ def spoil(monkeypatch, module, name, steps, how=times_nan):
 STAGES = pytest.mark.parametrize("stage", ["warmup", "rl"])
 
 
-def train_with_bad_batches(stage, toy_run, run, monkeypatch, steps, bad, how=times_nan, loss="policy_loss"):
+def train_with_bad_batches(stage, small_run, run, monkeypatch, steps, bad, how=times_nan, loss="policy_loss"):
     """A run some of whose losses are nan; what it saved before the first of these batches is copied to "before"."""
     hit_at(monkeypatch, min(bad), lambda: shutil.copytree(run, run.with_name("before")))
     flags = {"steps": steps, "save_every": 1}
@@ -548,16 +551,16 @@ def train_with_bad_batches(stage, toy_run, run, monkeypatch, steps, bad, how=tim
         warm(run, **flags)
     else:
         spoil(monkeypatch, rl, loss, bad, how)
-        reinforce(toy_run, run, **flags)
+        reinforce(small_run, run, **flags)
 
 
 @pytest.mark.parametrize("how", [times_nan, plus_nan])
 @STAGES
 def test_a_loss_that_is_not_finite_changes_no_weight_and_its_batch_is_written_down(
-    toy_run, tmp_path, monkeypatch, stage, how
+    small_run, tmp_path, monkeypatch, stage, how
 ):
     run = tmp_path / "run"
-    train_with_bad_batches(stage, toy_run, run, monkeypatch, 3, {3}, how)
+    train_with_bad_batches(stage, small_run, run, monkeypatch, 3, {3}, how)
     assert weights(run) == weights(tmp_path / "before")
     records = read_metrics(run)
     assert [r["nonfinite_updates"] for r in records] == [0, 0, 4 if stage == "rl" else 1]  # 2 passes of 2 minibatches
@@ -584,15 +587,15 @@ def test_a_gradient_or_loss_that_is_not_finite_changes_no_weight_and_no_moment()
 
 
 @STAGES
-def test_three_bad_batches_in_a_row_stop_the_run_with_the_weights_before_them(toy_run, tmp_path, monkeypatch, stage):
+def test_three_bad_batches_in_a_row_stop_the_run_with_the_weights_before_them(small_run, tmp_path, monkeypatch, stage):
     run = tmp_path / "run"
     with pytest.raises(FloatingPointError, match=r"3 batches in a row.*bad_batches\.jsonl"):
-        train_with_bad_batches(stage, toy_run, run, monkeypatch, 9, {2, 3, 4}, loss="value_loss")
+        train_with_bad_batches(stage, small_run, run, monkeypatch, 9, {2, 3, 4}, loss="value_loss")
     assert len(read_metrics(run)) == 4
     assert weights(run) == weights(tmp_path / "before")
 
 
-def test_batches_that_moved_the_weights_before_they_went_bad_replace_no_checkpoint(toy_run, tmp_path, monkeypatch):
+def test_batches_that_moved_the_weights_before_they_went_bad_replace_no_checkpoint(small_run, tmp_path, monkeypatch):
     run, real, updates = tmp_path / "run", warmup.Run.update, []
 
     def update(run, lr, loss):
@@ -603,19 +606,19 @@ def test_batches_that_moved_the_weights_before_they_went_bad_replace_no_checkpoi
     monkeypatch.setattr(warmup.Run, "update", update)
     hit_at(monkeypatch, 2, lambda: shutil.copytree(run, tmp_path / "before"))
     with pytest.raises(FloatingPointError, match="9 updates of 3 batches in a row, up to step 4, were not finite"):
-        reinforce(toy_run, run, steps=9, save_every=1)
+        reinforce(small_run, run, steps=9, save_every=1)
     assert weights(run) == weights(tmp_path / "before")
     assert torch.load(run / "trainer.pt", weights_only=True)["state"]["step"] == 1
 
 
 @STAGES
-def test_two_bad_batches_and_a_good_one_between_do_not_stop_a_run(toy_run, tmp_path, monkeypatch, stage):
-    train_with_bad_batches(stage, toy_run, tmp_path / "run", monkeypatch, 6, {1, 2, 4, 5})
+def test_two_bad_batches_and_a_good_one_between_do_not_stop_a_run(small_run, tmp_path, monkeypatch, stage):
+    train_with_bad_batches(stage, small_run, tmp_path / "run", monkeypatch, 6, {1, 2, 4, 5})
     assert [r["nonfinite_updates"] > 0 for r in read_metrics(tmp_path / "run")] == [True, True, False] * 2
 
 
-def test_weights_that_are_not_finite_are_refused(toy_run, tmp_path):
-    decoder = Decoder.from_pretrained(toy_run)
+def test_weights_that_are_not_finite_are_refused(small_run, tmp_path):
+    decoder = Decoder.from_pretrained(small_run)
     with torch.no_grad():
         decoder.norm.weight[3] = torch.nan
     decoder.save_pretrained(tmp_path)
@@ -643,8 +646,8 @@ def saved_bytes(decoder, tokens):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(toy_run, dtype):
-    decoder = load(toy_run, None, dtype)
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(small_run, dtype):
+    decoder = load(small_run, None, dtype)
     tokens = torch.arange(48).view(4, 12)
     much, expected = saved_bytes(decoder, tokens)
     decoder.gradient_checkpointing = True
@@ -653,20 +656,20 @@ def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(toy_run, 
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-@pytest.mark.parametrize(("stage", "passes"), [("warmup", 1), ("rl", 4)])
+@pytest.mark.parametrize(("stage", "expected"), [("warmup", 8), ("rl", 4 * 4)])  # layers; passes of four layers
 def test_with_gradient_checkpointing_every_layer_of_every_training_pass_keeps_its_input_alone(
-    toy_run, tmp_path, monkeypatch, stage, passes
+    small_run, tmp_path, monkeypatch, stage, expected
 ):
     calls = []
     monkeypatch.setattr("model.checkpoint", lambda *args, **flags: calls.append(1) or checkpoint(*args, **flags))
     for wanted in (False, True):
         flags = {"out": tmp_path / str(wanted), "gradient_checkpointing": wanted, "steps": 1}
-        warm(**flags) if stage == "warmup" else reinforce(toy_run, **flags)
-        assert len(calls) == passes * 8 * wanted  # 8 layers
+        warm(**flags) if stage == "warmup" else reinforce(small_run, **flags)
+        assert len(calls) == expected * wanted
 
 
-def test_the_bf16_reference_gives_the_same_numbers_in_less_memory(toy_run):
-    decoder, reference = load(toy_run, None, "bfloat16"), load(toy_run, None, "bfloat16")
+def test_the_bf16_reference_gives_the_same_numbers_in_less_memory(small_run):
+    decoder, reference = load(small_run, None, "bfloat16"), load(small_run, None, "bfloat16")
     rl.freeze(reference)
     tokens = torch.arange(48).view(4, 12)
     assert torch.equal(decoder.logits(decoder(tokens)), reference.logits(reference(tokens)))
@@ -693,9 +696,9 @@ def another_error(*args):
 
 @pytest.mark.parametrize("where", [(Decoder, "new_cache"), (rl, "policy_loss"), (warmup, "token_logp")], ids=str)
 @pytest.mark.parametrize("error", [gpu_is_full, python_is_full, cpu_is_full, another_error])
-def test_out_of_memory_is_one_line_that_names_the_flags_to_turn(toy_run, tmp_path, monkeypatch, capsys, where, error):
+def test_out_of_memory_is_one_line_that_names_the_flags_to_turn(small_run, tmp_path, monkeypatch, capsys, where, error):
     script = warmup if where[0] is warmup else rl
-    model = [] if script is warmup else ["--model", str(toy_run), "--rollout-batch", "4"]
+    model = [] if script is warmup else ["--model", str(small_run), "--rollout-batch", "4"]
     out = ["--out", str(tmp_path / "run"), "--limit", "4", "--test-limit", "4"]
     monkeypatch.setattr("sys.argv", ["x.py", *model, *out, "--steps", "1", "--max-new-tokens", "4"])
     monkeypatch.setattr(*where, error)
@@ -720,14 +723,14 @@ def test_bad_input_leaves_with_2_a_failed_log_or_numbers_gone_bad_with_1_and_ctr
     assert stopped.value.code == code
 
 
-def test_peak_memory_is_logged(toy_run):
-    assert all(0.1 < record["peak_memory_gb"] < 100 for record in read_metrics(toy_run))
+def test_peak_memory_is_logged(small_run):
+    assert all(0.1 < record["peak_memory_gb"] < 100 for record in read_metrics(small_run))
 
 
 # ---- all of it ------------------------------------------------------------------------------------------------------
 
 
-def test_a_short_soak_ends_with_the_weights_of_an_undisturbed_run(toy_run, tmp_path):
-    shutil.copytree(toy_run, tmp_path / "warmup")
-    hits = soak(tmp_path, minutes=0.15, steps=5, longest=2.0)
+def test_a_short_soak_ends_with_the_weights_of_an_undisturbed_run(small_run, tmp_path):
+    shutil.copytree(small_run, tmp_path / "warmup")
+    hits = soak(tmp_path, minutes=0.05, steps=10, longest=0.6)
     assert hits.pop("steps") > 0 and hits.total() > 0
