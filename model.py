@@ -443,10 +443,10 @@ def load(source: str | Path, device: str | None, dtype: str | None) -> Decoder:
         raise InputError(f"{source}: tokenizer of {tokenizer.vocab_size} tokens, embedding of {rows} rows")
     with named_in_errors(f"{source}, generation_config.json"):
         generation = json.loads(decoder.files.get("generation_config.json", b"{}"))
-    some = [generation.get("eos_token_id"), decoder.hf_config.eos_token_id]
-    if some == [None, None] or tokenizer.chat_template:
-        some.append(tokenizer.eos_token_id)
-    ids = [i for one in some if one is not None for i in (one if isinstance(one, list) else [one])]
+    stated = (generation.get("eos_token_id"), decoder.hf_config.eos_token_id)
+    ids = [i for one in stated if one is not None for i in (one if isinstance(one, list) else [one])]
+    if (not ids or tokenizer.chat_template) and tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
     if not ids or not all(type(i) is int and 0 <= i < rows for i in ids):
         raise InputError(f"{source}: end-of-sequence ids {ids} in its configs; it needs one, and all below {rows}")
     decoder.eos_ids = list(dict.fromkeys(ids))
