@@ -118,8 +118,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope=None, cache=None, positions=None, visible=None) -> Tensor:
         """x: (N, T, d) -> (N, T, d). cache: (2, N, kv_heads, columns, head_dim).
 
-        visible: what is added to the scores of one new token a row, (N * kv_heads, 1, columns): 0 or -inf. None: causal
-        over these T tokens.
+        visible: added to the scores of one new token a row, (N * kv_heads, 1, columns), 0 or -inf; None: causal over T.
         """
         (N, T, _), (H, G, _) = x.shape, self.heads
         qkv = self.qkv(x).view(N, T, sum(self.heads), self.head_dim)

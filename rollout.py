@@ -190,10 +190,7 @@ def sample(
 
 
 def graphed(step: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    """`step` as a CUDA graph for each size it is called with: one launch in place of hundreds, each longer than its kernel.
-
-    A graph keeps addresses: `step` must read and write the same tensors at every call, and reads no value back.
-    """
+    """`step` as a CUDA graph for each size: one launch in place of hundreds. A graph keeps the addresses of its tensors."""
     graphs, pool = {}, torch.cuda.graph_pool_handle()  # one pool: nothing in it is needed after a replay
 
     def replay(*size: int):

@@ -91,8 +91,7 @@ def score_programs(programs: list[str], golds: list[str], task: str, unsafe: boo
 def score_result(answer: str, gold: str, task: str, options: str | None = None) -> float:
     """reward.score, but a program may also miss a gold by 1e-4 of it, with a result that is not whole.
 
-    Programs compute with rounded numbers: ReFT's data have one that takes 0.6667 for 2/3 and gets 8.99955, where 9 is
-    right. A whole result was counted, so it must be exact: 70001 is wrong for 70000.
+    ReFT's data have a program that takes 0.6667 for 2/3 and gets 8.99955 for 9. A whole result was counted: it is exact.
     """
     number, right = read_number(answer), read_number(gold)
     if right and number.value.denominator > 1 and abs(number.value - right.value) <= abs(right.value) / 10**4:

@@ -396,10 +396,7 @@ class Run:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def save(self):
-        """The Hugging Face files, then trainer.pt with all that a resumed run needs, weights included: the commit.
-
-        A process killed before that leaves the previous trainer.pt, and each other file whole, old or new.
-        """
+        """The Hugging Face files, then the commit: trainer.pt, all that a resumed run needs. Each is old or new, but whole."""
         weights, moments = get_state_dict(self.model, self.optimizer, options=WHOLE)  # on the first process
         if rank() == 0:
             new, logs = self.out / ".new", [self.out / name for name in LOGS if (self.out / name).exists()]
