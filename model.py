@@ -35,6 +35,7 @@ from reward import InputError, refuse_pointer
 logging.disable_progress_bar()  # of every load and save
 logging.set_verbosity_error()  # `from_pretrained` raises what matters
 CLOCK = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"  # in a chat template: the same prompts tomorrow
+MEASURED = 16  # completions that tell what each layer is worth
 OPT_OFFSET = 2  # OPT keeps two unused rows at the start of its position table
 
 
@@ -482,6 +483,12 @@ def nested_kl(model: Decoder, pairs: list[tuple[list[int], list[int]]], skips: T
             log_mu = model.logits(model(tokens, skip)[0, len(prompt) - 1 : -1]).log_softmax(-1)
             kl[i] += (log_mu.exp() * (log_mu - log_pi)).sum().item()
     return kl / sum(len(completion) for _, completion in pairs)
+
+
+def measure_layers(model: Decoder, pairs: list[tuple[list[int], list[int]]]):
+    """What each layer is worth: KL(mu||pi) per token without it. Once: `config.json` carries it to every later run."""
+    if not getattr(model.hf_config, "layer_kl", None):
+        model.hf_config.layer_kl = nested_kl(model, pairs, torch.eye(len(model.layers)) > 0).tolist()
 
 
 def read_json(path: Path) -> dict:

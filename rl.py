@@ -34,10 +34,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Decoder, add, gathered, load, sample_skip, shard, total
+from model import MEASURED, Decoder, add, gathered, load, measure_layers, sample_skip, shard, total
 from reward import TOY_STEPS, InputError, load_problems
-from rollout import MEASURED, OUTCOMES, Grades, Rollout, encode_prompts, flag, grade, measure_layers, run_script, sample
-from rollout import skip_pool, token_logp
+from rollout import OUTCOMES, Grades, Rollout, encode_prompts, flag, grade, run_script, sample, skip_pool, token_logp
 from warmup import Run, TrainConfig, batch_indices, encode_examples, fingerprint, micro_batches, supervised_step
 
 TOY = {"steps": 20, "rollout_batch": 128, "minibatch": 64, "lr": 1e-4, "kl_coef": 0.01, "value_coef": 0.1}

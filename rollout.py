@@ -26,8 +26,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from model import Decoder, check_checkpoint, gather, gathered, load, nested_kl, process_group, rank, read_json
-from model import sample_skip, total, world_size
+from model import MEASURED, Decoder, check_checkpoint, gather, gathered, load, nested_kl, process_group, rank
+from model import read_json, sample_skip, total, world_size
 from reward import TASKS, TOY_STEPS, InputError, Problem, extract_answer, load_problems, make_prompt, score
 from sandbox import execute, score_result
 
@@ -75,7 +75,6 @@ def prompt_seeds(seed: int, count: int) -> list[int]:
     return np.random.SeedSequence(seed).generate_state(count, np.uint64).tolist()
 
 
-MEASURED = 16  # completions that tell what each layer is worth
 PREFILL = 32  # prompts of one prefill; sorted by length, they have little padding among them
 LOOK_EVERY = {"cuda": 16}  # steps between looks for ended rows; each makes the host wait for a GPU. Elsewhere: 1
 
@@ -207,12 +206,6 @@ def graphed(step: Callable[[int, int], None]) -> Callable[[int, int], None]:
             step(*size)
 
     return replay
-
-
-def measure_layers(model: Decoder, pairs: list[tuple[list[int], list[int]]]):
-    """What each layer is worth: KL(mu||pi) per token without it. Once: `config.json` carries it to every later run."""
-    if not getattr(model.hf_config, "layer_kl", None):
-        model.hf_config.layer_kl = nested_kl(model, pairs, torch.eye(len(model.layers)) > 0).tolist()
 
 
 def skip_pool(model: Decoder, count: int, config: "NestedConfig") -> list[int]:

@@ -32,11 +32,11 @@ from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from evaluate import FREE, draw_curves, evaluate, make_folder
-from model import Decoder, load, named_in_errors, nested_kl, peak_memory, sample_skip, write_json
-from model import gather, gathered, rank, shard, total, whole, world_size  # several processes
+from model import MEASURED, Decoder, load, measure_layers, named_in_errors, nested_kl, peak_memory, sample_skip
+from model import gather, gathered, rank, shard, total, whole, world_size, write_json
 from reward import ANSWER_LINE, TOY_STEPS, InputError, Problem, load_problems, make_prompt, make_target
-from rollout import MEASURED, NestedConfig, SharedConfig, check_fit, encode_prompts, flag, is_chat, measure_layers
-from rollout import run_script, skip_pool, token_logp, turn_end
+from rollout import NestedConfig, SharedConfig, check_fit, encode_prompts, flag, is_chat, run_script, skip_pool
+from rollout import token_logp, turn_end
 
 TOY = {"batch": 32, "lr": 4e-3, "beta2": 0.95, "weight_decay": 0.1, "layer_dropout": 0.5, "epochs": 0.9}
 TOY |= {"skip_ratio": 0.25}
@@ -396,7 +396,7 @@ class Run:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def save(self):
-        """The Hugging Face files, then the commit: trainer.pt, all that a resumed run needs. Each is old or new, but whole."""
+        """The Hugging Face files, then the commit: trainer.pt, all that a resumed run needs. Each is whole, old or new."""
         weights, moments = get_state_dict(self.model, self.optimizer, options=WHOLE)  # on the first process
         if rank() == 0:
             new, logs = self.out / ".new", [self.out / name for name in LOGS if (self.out / name).exists()]

@@ -7,7 +7,7 @@ import torch
 from families import CONFIGS, random_hf_model
 from tokenizers import processors
 
-from model import Decoder, load, nested_kl, sample_skip
+from model import Decoder, load, measure_layers, nested_kl, sample_skip
 from reward import InputError, Problem, load_problems
 from rollout import (
     LOOK_EVERY,
@@ -21,7 +21,6 @@ from rollout import (
     grade,
     graphed,
     main,
-    measure_layers,
     prompt_seeds,
     sample,
     skip_pool,
