@@ -220,7 +220,8 @@ NUMBERS = [
     ("\\text{18}", "18", 1.0, "LaTeX's text"),
     ("\\mathbf{18}", "18", 1.0, "LaTeX's bold"),
     ("18\\text{ apples}", "18", 1.0, "a unit in LaTeX's text"),
-    ("18~", "18", 0.0, "a character of no rule"),
+    ("18^", "18", 0.0, "a character of no rule"),
+    ("18~", "18", 1.0, "TeX's space"),
     # equations
     ("x = 18", "18", 1.0, "a named value"),
     ("= 18", "18", 1.0, "an equals sign"),
@@ -360,7 +361,7 @@ MARKERS = [
     ("So it is $\\boxed{18}$.", "18", 1.0, "a box in a sentence"),
     ("The answer is \\boxed{18} apples", "18", 1.0, "two markers, one answer"),
     ("\\boxed{\\frac{1}{2}}", "0.5", 1.0, "braces in braces"),
-    ("\\boxed{\\text{\\textbf{18}}}", "18", 0.0, "commands in commands"),
+    ("\\boxed{\\text{\\textbf{18}}}", "18", 1.0, "commands in commands"),
     ("\\boxed{18\\text{ apples}}", "18", 1.0, "a unit in the box"),
     ("\\boxed{18} and \\boxed{20}", "18", 0.1, "the last box wins"),
     ("\\boxed{18} then the answer is: 20", "18", 0.1, "the last marker wins"),
@@ -481,6 +482,137 @@ def test_numbers(text, gold, reward, why):
     assert score(f"#### {text}", gold, "gsm8k") == reward, why
     assert score(f"A: {text}", gold, "gsm8k") == reward, why
     assert score(f"\\boxed{{{text}}}", gold, "gsm8k") == reward, why
+
+
+SPELLINGS = {  # answer: ways to write it behind "The answer is: ", or in a box; None: what is no answer
+    None: ['\\boxed{1 080}', '\\boxed{\\begin{aligned}18\\end{aligned}}', '\\boxed{10^{3}}', '\\boxed{\\sqrt{2}}',
+        '\\boxed{3\\sqrt{2}}', '\\boxed{2\\pi}', '\\boxed{}', '\\boxed{\\text{eighteen}}', '\\boxed{18, 20}',
+        '\\boxed{18 \\text{ and } 20}', '\\boxed{18\\text{ or }20}', '\\boxed{18-20}', '\\boxed{3:4}',
+        '\\boxed{5:30}', '\\boxed{18 + 2}', '\\boxed{18x}', '\xa218', 'minus 18', 'negative 18', '1.080,5', '1 080',
+        '10,80', '1,0800', '1,08', '0,5', "1'080", '3-1/2', '18M', '$18M', '$18 M', '18 M', '18K', '18k', '$18k',
+        '$18m', '18B', '18bn', '18 bn', '$18bn', '18mn', '18MM', '18 mil', '$18 mil', '18T',
+        '18 hours and 30 minutes', '18 hours 30 minutes', '5 feet 3 inches', '18th', '18 a.m.', '6 pm', '6:30',
+        '6:30 pm', '18-20', '18 - 20', '18\u201320', '18 to 20', 'between 18 and 20', '18 or 20', '18, 20',
+        '18 and 20', '18; 20', '18/20/2024', '3:4', '3 : 4', '2x', 'x', '18 + 2', 'is 8', '> 8', '< 8', '>= 8',
+        '\u2264 8', 'at least 8', 'more than 8', 'less than 8', '8+', 'eight', 'eight (8)', 'XVIII', '0x12', '0b11',
+        '10^3', '10\xb3', '2^3', '18\xb2', 'nan', 'inf', 'None', '', 'unknown', 'not 18', '18.5.2', 'No. 18', '#18',
+        '18 #', '18/', '/18', '18 out of 20', '18 of 20', '18 times 2', '18 x 2', '18x2', '18 * 2', '18 K', '18 k',
+        '5\'3"', '18 & 20', 'a total of 18', 'still 18', 'now 18', '\\boxed{18\\text{ M}}', '\\boxed{18\\text{M}}',
+        '\\boxed{\\$18\\text{M}}', '\\boxed{18 \\text{ K}}', '\\boxed{\\$18\\,\\mathrm{k}}', '**18** M', '**18**M',
+        '$18** m', '18 _M_', '18 in thousands', '18 (in thousands)', '18 in millions of dollars', '18 thousand and 5',
+        '18 and a half', '18 1/2 and 3', '18 thirds', '18 fifths', '18 tenths', '3 fourths', '18 hundredths',
+        'x = 18 and y = 20', 'x = 18, y = 20', 'x=18; y=20', '(x, y) = (18, 20)', 'x + y = 18 = 10 + 8', '18 = x',
+        '\\boxed{18\\text{ and }20}', '\\boxed{\\text{A total of }18}', '\\boxed{\\pm 18}', '\\boxed{\\infty}',
+        '\\boxed{18\\times 2}', '\\boxed{18\\div 2}', '\\boxed{2^{10}}', '\\boxed{x}', '\\boxed{18_{10}}',
+        '\\boxed{0.\\overline{3}}', '\\boxed{0.\\dot{3}}', '18 USD per k', 'rs 18 k', '18 k usd', '18k dollars',
+        '18 grand', '18 mio', '18 quadrillion', '18 x', '18 y', '18 i', '18 r 2', '18 R2', '18 remainder 2',
+        '18 rem 2', '18 over 2', '18 squared', '18 factorial', '18 mod 5', '18 percent of 20', '18% of 20',
+        '18 less than 20', '18 more than 20', '18 to 1', '18 by 20', '18 feet by 20 feet', '18 & a half',
+        '18 dollars and 50 cents', '18 dollars 50 cents', '$18 and 50 cents', '18 years and 2 months', '16 = 18 - 2',
+        '18.\xa020', '18 || 20', '18 | 20', '18\\n20', '[18, 20]', '{18, 20}', '(18, 20)', '18 (or 20)', '18 [20]',
+        '18 (20)', '18 ($20)', '18(20)', '18{20}'],
+    '18': ['\\boxed{18}', '\\boxed{ 18 }', '\\boxed{\\,18\\,}', '\\boxed{18\\ }', '\\boxed{~18}',
+        '\\boxed{18\\;\\text{apples}}', '\\boxed{18 \\text{ apples}}', '\\boxed{18\\text{ apples}}', '\\boxed{\\$18}',
+        '\\boxed{\\$ 18}', '\\boxed{\\$18.00}', '\\boxed{18\\%}', '\\boxed{18 \\%}', '\\boxed{\\left(18\\right)}',
+        '\\boxed{(18)}', '\\boxed{\\mathbf{18}}', '\\boxed{\\textbf{18}}', '\\boxed{\\mathrm{18}}',
+        '\\boxed{\\text{18}}', '\\boxed{\\displaystyle 18}', '\\boxed{\n18\n}', '\\boxed{18\n\\text{ apples}}',
+        '\\boxed{x = 18}', '\\boxed{x=18}', '\\boxed{18^\\circ}', '\\boxed{18^{\\circ}}', '\\boxed{18\\degree}',
+        '\\boxed{18\xb0}', '\\boxed{18 \\text{ m}^2}', '\\boxed{18\\text{ cm}^{2}}', '\\boxed{18 \\, \\text{cm}^3}',
+        '\\boxed{18\\ \\mathrm{km/h}}', '\\boxed{\\{18\\}}', '\\boxed{\\[18\\]}', '$\\boxed{18}$',
+        '\\(\\boxed{18}\\)', '\\[ \\boxed{18} \\]', '\\fbox{18}', '\\boxed {18}', '**\\boxed{18}**', '18', '18.',
+        '18.0', '18.00', '$18', '$18.', '18 dollars', '18 dollars.', 'US$18', 'USD 18', '18 USD', '\u20ac18',
+        '18\u20ac', '18 \u20ac', '\xa318', 'Rs. 18', 'Rs 18', '\u20b918', '18\xa2', '18 cents', '$ 18', '+18', '18m',
+        '18 m', '18 g', '18 Mb', '18 MB', '18 GB', '18 kg', '18kg', '18 km/h', '18 mph', '18 hrs', '18h', '18 hours',
+        '18 square meters', '18 m\xb2', '18 m^2', '18 cm3', '18 m2', '**18**', '__18__', '*18*', '`18`', '"18"',
+        "'18'", '(18)', '[18]', '<18>', '{18}', '**18** apples', '**$18**', '**18 dollars**', '$18$', '\\$18',
+        '\\(18\\)', '18..', '18,', '18;', '18:', '18 / day', '18 per day', '$18 per hour', '$18/hour',
+        '18 miles per hour', '18 more apples', '18 apples left', '18 of the apples', '18 times', '18 degrees',
+        '18 \xb0C', '18\xb0F', '18 now', '18 (not 20)', '10 + 8 = 18 apples', '3*6=18', '3 * 6 = 18.', 'total = $18',
+        '2x = 18', '18\xa0kg', '18\u202fkg', '18\u2009kg', '18\u200b', '\u200b18', '\ufeff18',
+        '\\boxed{\\textbf{\\text{18}}}', '\\boxed{\\color{blue}{18}}', '\\boxed{\\color{red}18}',
+        '\\boxed{\\hspace{1em}18}', '\\boxed{18\\qquad}', '\\boxed{\\textstyle 18}', '\\boxed{\\mbox{18}}',
+        '\\boxed{18\\text{ cm}^2}', '\\boxed{18~\\text{cm}}', '\\boxed{18 ~ cm}', '\\boxed{18\\mathrm{~cm}}',
+        '\\boxed{18 \\mathrm{~km} / \\mathrm{h}}', '\\boxed{18\\,\\$}', '\\boxed{18\\$}', '\\boxed{\\text{\\$}18}',
+        '\\boxed{\\text{\\$18}}', '\\boxed{\\text{Rs. }18}', '\\boxed{\\text{18 dollars}}', '\\boxed{18\\\\}',
+        '\\boxed{\\\\18}', '\\boxed{18\\!\\!}', '\\boxed{+18}'],
+    '8': ['12 - 4 = 8', '12-4=8', 'x = 8', 'x=8.', 'x \u2248 8', '= 8', 'about 8', 'approximately 8',
+        'roughly 8 apples', 'exactly 8', '\u2248 8', '\u22488', '8!', '8?', '8 apples', '8 apples, since 3 + 5 = 8',
+        '8 because 3 + 5', '8 (3 + 5)', '8 (eight)'],
+    '-18': ['\\boxed{-18}', '\\boxed{\u221218}', '-$18', '$-18', '-18', '\u221218', '\u201318', '\u201018',
+        '\u201118', '\uff0d18', '\\boxed{-\\$18}', '\\boxed{\\$-18}', '\\boxed{- 18}'],
+    '1080': ['\\boxed{1{,}080}', '\\boxed{1,\\!080}', '\\boxed{1\\,080}', '\\boxed{1\\;080}', '\\boxed{1~080}',
+        '\\boxed{1\\ 080}', '\\boxed{1\u2009080}', '\\boxed{1\u202f080}', '1,080', '1\xa0080', '1\u2007080',
+        '\\boxed{1{\\,}080}', '\\boxed{1\\thinspace 080}'],
+    '0.5': ['.5', '0.5', '0.50', '00.5', '1/2', '1 / 2', '\xbd', '1\u20442', '1\u22152',
+        '\\boxed{\\frac{1}{2}\\text{ cup}}'],
+    '0.75': ['\\boxed{\\frac{3}{4}}', '\\boxed{\\dfrac{3}{4}}', '\\boxed{\\tfrac34}', '\\boxed{\\cfrac{3}{4}}',
+        '\\boxed{\\frac34}', '\\boxed{\\frac 34}', '\\boxed{\\frac{ 3 }{ 4 }}', '\\boxed{\\frac {3} {4}}',
+        '\\boxed{\\displaystyle\\frac{3}{4}}', '$\\frac{3}{4}$'],
+    '1800': ['\\boxed{1.8 \\times 10^3}', '\\boxed{1.8\\times10^{3}}', '\\boxed{1.8 \\cdot 10^{3}}', '\\boxed{1.8e3}',
+        '18 hundred', '1.8 x 10^3', '1.8 \xd7 10^3'],
+    '18000000': ['18 million', '$18 million', '18 Million dollars', '\\boxed{\\$18 \\text{ million}}'],
+    '2.75': ['\\boxed{2\\frac{3}{4}}', '\\boxed{2 \\frac{3}{4}}', '\\boxed{2\\,\\frac{3}{4}}',
+        '\\boxed{2\\dfrac{3}{4}}'],
+    '50': ['50%', '50 %', '50 percent'],
+    '-0.75': ['\\boxed{-\\frac{3}{4}}', '\\boxed{\\frac{-3}{4}}'],
+    '0': ['0', '-0'],
+    '1000': ['1e3', '1E3'],
+    '1080.5': ['1,080.50', '$1,080.50'],
+    '1080000': ['1,080,000', '\\boxed{1,\\!080,\\!000}'],
+    '2.5': ['2\xbd', '2 \xbd'],
+    '3.14': ['\\boxed{n \\approx 3.14}', '\\boxed{\\approx 3.14}'],
+    '0.018': ['1.8e-2'],
+    '0.125': ['\u215b'],
+    '0.2': ['\u2155'],
+    '1500000000': ['1.5 billion'],
+    '16': ['18 - 2 = 16'],
+    '18.5': ['$18.50'],
+    '18000': ['18 thousand'],
+    '18000000000000': ['18 trillion'],
+    '2.625': ['2\u215d'],
+    '2/3': ['\u2154'],
+    '3.5': ['3 1/2'],
+    '4/3': ['1\u2153'],
+    '5': ['5.'],
+    '50.5': ['50.5%'],
+    '540': ['\\boxed{\\frac{1,080}{2}}'],
+    '7': ['007'],
+}  # fmt: skip
+
+
+def test_spellings_of_the_same_number_and_of_none():
+    for answer, texts in SPELLINGS.items():
+        read = {text: extract_answer(text if "box{" in text else f"The answer is: {text}", "gsm8k") for text in texts}
+        assert read == dict.fromkeys(texts, answer)
+
+
+CHOICES = "a ) 38 , b ) 27.675 , c ) 30 , d ) 10 : 3 , e ) none of these"
+LETTERS_SPELT = {  # letter: ways to name it among CHOICES; None: what names none, or more than one
+    None: ['none of the above', '31', '(a) (b)', '(a)(b)', 'a b', 'a and b', 'a or b', 'a/b', 'a, b', 'a,b',
+        'both a and c', 'A & B', '(A) and (B)', 'A; B', 'A B C', 'not a', '\\boxed{C, D}', '\\boxed{\\text{A and B}}',
+        'f', '(f)', 'F) 30', '', 'cat', 'a cat', 'a number', 'e.g. 3', 'd) b', 'a. b', 'option (a) or (b)',
+        'either c', 'A A', 'c c', '\uff23', 'B and not A'],
+    'a': ['a', 'A', '(a)', 'a)', 'A.', 'a.', 'A:', 'option a', 'Option A', 'A) 38', 'A - 38', 'A: 38', 'A. 38',
+        'a ) 38', '38', '38.'],
+    'b': ['choice (b)', '27.675'],
+    'c': ['letter c', 'answer c', 'C) 38', '30', '30.0', '$30', '30 apples', '\\boxed{C}', '\\boxed{\\text{C}}',
+        '\\boxed{\\text{(C)}}', '\\boxed{(C)}', '\\boxed{\\textbf{C}}', '\\boxed{\\mathrm{C}}',
+        '\\boxed{\\textbf{(C)}\\ 30}', '\\boxed{\\textbf{(C) } 30}', '\\boxed{C) 30}', '\\boxed{30}',
+        '\\boxed{\\text{C) 30}}', '**C**', '**(C)**', '**C) 30**', 'C, because 30', 'c because it is 30',
+        'c since 3 is', 'C (30)', 'C, 30', 'C = 30', 'C: 30 apples', 'c.', 'c !', "'c'", '"C"', '<c>', '[C]', '{c}',
+        'C\\)', '$C$', '\\(C\\)', 'C '],
+    'd': ['10 : 3', '10:3'],
+    'e': ['E none of these', 'E) none of these', 'none of these', 'None of these.'],
+}  # fmt: skip
+
+
+def test_spellings_of_the_same_option_and_of_none():
+    for letter, texts in LETTERS_SPELT.items():
+        read = {
+            text: extract_answer(text if "box" in text else f"The answer is: {text}", "mathqa", CHOICES)
+            for text in texts
+        }
+        assert read == dict.fromkeys(texts, letter)
 
 
 @pytest.mark.parametrize(("completion", "gold", "reward", "why"), MARKERS, ids=ids(MARKERS))
