@@ -403,10 +403,7 @@ def mismatch(logp_old: Tensor, logp_behav: Tensor, mask: Tensor, cap: float, rew
 
 
 def next_level(level: float, kl_behav: float, target: float, most: int) -> float:
-    """--target-kl-behav: the number of layers to skip next, a real number that is rounded when the mask is drawn.
-
-    Half a layer up or down at most, by log(target / KL): the geometric mean of the KL comes to rest at the target.
-    """
+    """--target-kl-behav: the layers to skip next, a real number; the geometric mean of KL comes to rest at the target."""
     error = math.log(target / max(kl_behav, 1e-9))
     return min(max(level + 0.5 * min(max(error, -1.0), 1.0), 0.0), max(most, 0.0))
 

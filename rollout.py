@@ -75,6 +75,7 @@ def prompt_seeds(seed: int, count: int) -> list[int]:
     return np.random.SeedSequence(seed).generate_state(count, np.uint64).tolist()
 
 
+OUTCOMES = ("right", "wrong", "no_answer", "cut", "error", "timeout", "killed")  # the last three: programs only
 PREFILL = 32  # prompts of one prefill; sorted by length, they have little padding among them
 LOOK_EVERY = {"cuda": 16}  # steps between looks for ended rows; each makes the host wait for a GPU. Elsewhere: 1
 
@@ -287,9 +288,6 @@ class Grades(NamedTuple):
     answers: list[str | None]  # canonical text of each final answer
     outcomes: list[str]  # one of OUTCOMES each
     rewards: Tensor  # (N,), eq. (3)
-
-
-OUTCOMES = ("right", "wrong", "no_answer", "cut", "error", "timeout", "killed")  # the last three: programs only
 
 
 def grade(rollout: Rollout, problems: list[Problem], model: Decoder, config: "SharedConfig") -> Grades:

@@ -89,10 +89,7 @@ def score_programs(programs: list[str], golds: list[str], task: str, unsafe: boo
 
 
 def score_result(answer: str, gold: str, task: str, options: str | None = None) -> float:
-    """reward.score, but a program may also miss a gold by 1e-4 of it, with a result that is not whole.
-
-    ReFT's data have a program that takes 0.6667 for 2/3 and gets 8.99955 for 9. A whole result was counted: it is exact.
-    """
+    """reward.score, but a result that is not whole may miss gold by 1e-4 of it: ReFT's 8.99955 for 9, of 0.6667 for 2/3."""
     number, right = read_number(answer), read_number(gold)
     if right and number.value.denominator > 1 and abs(number.value - right.value) <= abs(right.value) / 10**4:
         return 1.0
@@ -380,10 +377,7 @@ def run_child(size: int, outside: int, seccomp: bytes) -> None:
 
 
 def result_text(value: object) -> str:
-    """An int, float, Fraction, Decimal, numpy or sympy number as text. Raises on anything else, and on a long text.
-
-    Whole numbers and fractions are exact, others have all their digits but the dust of 0.1 + 0.2 = 0.30000000000000004.
-    """
+    """An int, float, Fraction, Decimal, numpy or sympy number as text, of up to MAX_ANSWER bytes. Raises on all else."""
     if isinstance(value, bool):
         raise TypeError("a truth value is no number")
     for kind in (int, float, Fraction, Decimal):
@@ -400,7 +394,7 @@ def result_text(value: object) -> str:
             value = float(value)
         if not math.isfinite(value):
             raise ValueError("not finite")
-        text = f"{value:.12g}"
+        text = f"{value:.12g}"  # all digits but the dust of 0.1 + 0.2 = 0.30000000000000004
         if not math.isclose(float(text), value, rel_tol=1e-14):
             text = f"{value:.15g}"
         if abs(value) < 10**18 and value == int(value):

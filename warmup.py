@@ -359,10 +359,7 @@ class Run:
         return grad_norm if finite else math.nan
 
     def record(self, numbers: dict, problems: list[int], texts: Iterable[str] = (), warnings: Iterable = ()):
-        """A line of metrics.jsonl, the bar, a checkpoint; bad numbers are counted and their problems written down.
-
-        texts: for samples.txt, every fifth step. warnings: (kind, text); of each kind the first one is printed.
-        """
+        """A line of metrics.jsonl, the bar, a checkpoint. texts: for samples.txt. warnings: (kind, text), one of a kind."""
         seconds, state, config = time.perf_counter() - self.started, self.state, self.config
         state["step"], state["seconds"] = state["step"] + 1, state["seconds"] + seconds
         step, bad = state["step"], self.left_out
