@@ -9,8 +9,8 @@ equals one masked forward pass over it. One row of a Rollout, a prompt of 3 toke
     logp_behav  (N, T-1)  0    0   mu(a0) mu(a1) mu(EOS)  0    0    log mu(a_t | s_t), recorded while sampling
 """
 
+import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -212,8 +212,7 @@ def graphed(step: Callable[[int, int], None]) -> Callable[[int, int], None]:
 def skip_pool(model: Decoder, count: int, config: "NestedConfig") -> list[int]:
     """The layers among which eq. (2) draws the `count` that mu leaves out, by --skip-layers.
 
-    inner, the paper: all but the first and the last. cheap, ours: twice as many as are left out, those worth least, since
-    some layers of a pretrained model cannot be missed. Or those of a list.
+    inner, the paper: all but the first and the last. cheap, ours: twice as many as are left out, those worth least.
     """
     pool = inner = list(range(1, len(model.layers) - 1))
     if config.skip_layers == "cheap" and count:
@@ -303,12 +302,10 @@ def grade(rollout: Rollout, problems: list[Problem], model: Decoder, config: "Sh
         ran = iter(gather(execute(programs, config.unsafe_exec) if rank() == 0 else [])[0])
     answers, outcomes, rewards = [], [], []
     for n, (text, done) in enumerate(zip(texts, finished, strict=True)):
-        problem = problems[n // num_samples]
-        status, answer, reward = "cut", None, 0.0
+        problem, status, answer, reward = problems[n // num_samples], "cut", None, 0.0
         if done and config.engine == "python":
-            status, answer = next(ran)
-            if status == "ok":
-                reward = score_result(answer, problem.answer, config.task, problem.options)  # eq. (3)
+            status, answer = next(ran)  # eq. (3):
+            reward = score_result(answer, problem.answer, config.task, problem.options) if status == "ok" else 0.0
         elif done:
             status, answer = "ok", extract_answer(text, config.task, problem.options)
             reward = score(text, problem.answer, config.task, problem.options)  # eq. (3)
@@ -376,23 +373,22 @@ class SharedConfig:
         defaults = {"task": None if source else "toy", "engine": "nl", "prompt_style": "auto"}
         if self.task in (None, trained.get("task")):  # another task has other problems and lengths
             defaults |= {"data": None, "test_data": None, "max_new_tokens": None}
-        known = [name for name in defaults if name in trained and name != "max_new_tokens"]
-        differ = [name for name in known if getattr(self, name, None) not in (None, trained[name])]
-        others = (f"--{name.replace('_', '-')} {trained[name]} (here: {getattr(self, name)})" for name in differ)
-        if differ:
-            print(f"{source} was trained with {', '.join(others)}")
+        for name in [name for name in defaults if name in trained and name != "max_new_tokens"]:
+            if getattr(self, name, None) not in (None, then := trained[name]):
+                print(f"{source} was trained with --{name.replace('_', '-')} {then} (here: {getattr(self, name)})")
         self.fill_in({name: trained.get(name, default) for name, default in defaults.items()})
         if self.task is None:
             raise InputError(f"{source} does not say what it was trained on: name a --task, one of {', '.join(TASKS)}")
-        if self.max_new_tokens is None:  # ReFT: 700 tokens of which at most 300 are the prompt
-            self.max_new_tokens = {"toy": 64, "toy-long": 128}.get(self.task, 400)
+        usual = {"toy": 64, "toy-long": 128}.get(self.task, 400)  # ReFT: 700 tokens, of which at most 300 of the prompt
+        self.max_new_tokens = self.max_new_tokens or usual
         if self.engine == "python":
             execute(["def solution(): return 1"], self.unsafe_exec)  # refused here, not after an hour of training
+        if self.task in TOY_STEPS and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # two gain a small model little, and on a busy CPU they wait for each other
 
     def fill_in(self, defaults: dict):
         """Flags that were not given take these values."""
-        for name in (name for name in defaults if getattr(self, name, None) is None):
-            setattr(self, name, defaults[name])
+        vars(self).update({name: x for name, x in defaults.items() if getattr(self, name, None) is None})
 
     def sampling(self, model: Decoder) -> dict:
         """What `sample` needs to know of the flags and of the model's tokenizer; any id serves as padding."""
@@ -420,20 +416,17 @@ def run_script(main, config_class, parser: HfArgumentParser | None = None):
     parser.error = lambda message: parser.exit(2, f"error: {message}; --help lists the flags\n")
     parser._negative_number_matcher = re.compile(r"-[.\d]")  # -1e-5 is a number, too
     try:
-        flags = vars(parser.parse_args())
         with process_group():
-            main(config_class(**flags))
+            main(config_class(**vars(parser.parse_args())))
     except (InputError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        parser.exit(2 if isinstance(error, InputError) else 1, f"error: {error}\n")
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, on the CPU a plain one
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
         less = "lower --micro-batch, --max-rows or --max-new-tokens, or train with --gradient-checkpointing"
-        print(f"error: out of memory; {less}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"error: out of memory; {less}\n")
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
 
 
 @dataclass

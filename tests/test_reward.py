@@ -973,7 +973,6 @@ def test_bad_requests_are_named(tmp_path):
         (("gsm8k", "train", str(tmp_path / "none.jsonl")), ["none.jsonl: cannot be read: No such file or directory"]),
         (("gsm8k", "train", str(tmp_path)), [f"{tmp_path}: cannot be read: Is a directory"]),
         (("toy", "train", "data.jsonl"), ["data.jsonl", "generated"]),
-        (("toy", "train", None, 0), ["limit 0"]),
         (("svamp", "train", write(tmp_path, SVAMP), None, "python"), [":1:", "no program", "ReFT"]),
         (("svamp", "train", write(tmp_path, REFT, name="nl.jsonl"), None, "python"), [":1:", "engine python"]),
     ]:
