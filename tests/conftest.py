@@ -29,7 +29,7 @@ def main_job(request, tmp_path_factory):
         return
     folder = tmp_path_factory.mktemp("main_job")
     warmup, rl = (f"exec {sys.executable} {PROJECT / name}.py" for name in ("warmup", "rl"))
-    commands = f"({warmup} --steps 1200) && {rl} --steps 16 --skip-ratio 0.25"
+    commands = f"({warmup} --steps 900) && {rl} --steps 16 --skip-ratio 0.25"
     with (folder / "log").open("w") as log:
         quiet = {"stdout": log, "stderr": log, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "start_new_session": True}
         job = subprocess.Popen(commands, shell=True, cwd=folder, **quiet)

@@ -295,7 +295,7 @@ def test_bias_and_variance_are_ordered_as_the_readme_says():
     assert bias["prefix"] < bias["retrace"] < bias["truncated"] < bias["none"] < bias["ratio"], bias
     assert variance["truncated"] < variance["prefix"], variance
     for correction in CORRECTIONS:
-        smaller = bias_and_variance(correction, 0.05)[0]
+        smaller = bias_and_variance(correction, 0.05, 8)[0]
         assert smaller < 0.4 * bias[correction] or smaller < 1e-10, correction
 
 

@@ -146,8 +146,9 @@ def test_flags_that_are_not_given_are_those_of_the_run_that_made_the_model(toy_r
         assert not capsys.readouterr().out
         one = config(script, task="svamp", prompt_style="chat", test_data="c.jsonl")
         assert (one.prompt_style, one.data, one.test_data, one.max_new_tokens) == ("chat", "a.jsonl", "c.jsonl", 7)
-        (line,) = capsys.readouterr().out.splitlines()
-        assert line.endswith("trained with --prompt-style reft (here: chat), --test-data b.jsonl (here: c.jsonl)")
+        style, data = capsys.readouterr().out.splitlines()
+        assert style.endswith("trained with --prompt-style reft (here: chat)")
+        assert data.endswith("trained with --test-data b.jsonl (here: c.jsonl)")
         other = config(script, task="gsm8k")  # other problems, and lengths
         assert (other.prompt_style, other.test_data, other.max_new_tokens) == ("reft", None, 400)
         assert "--task svamp (here: gsm8k)" in capsys.readouterr().out

@@ -33,7 +33,7 @@ def metrics(run) -> list[dict]:
 def train(toy_run, out, **flags):
     """One in-process run of rl.py on the small checkpoint."""
     defaults = {"model": str(toy_run), "out": str(out), "steps": 1, "rollout_batch": 8, "minibatch": 4, "limit": 40}
-    rl.main(rl.Config(**(defaults | {"max_new_tokens": 12, "test_limit": 40} | flags)))
+    rl.main(rl.Config(**(defaults | {"max_new_tokens": 12, "test_limit": 8} | flags)))
     return load(out, None, flags.get("dtype")), metrics(out)
 
 
@@ -433,14 +433,15 @@ def test_kl_penalty_is_under_the_full_model(toy_run, tmp_path):
 
 
 def test_target_kl_behav_moves_the_number_of_skipped_layers(toy_run, tmp_path):
-    _, rising = train(toy_run, tmp_path / "a", steps=6, target_kl_behav=100.0)
+    small = {"rollout_batch": 4, "limit": 8}
+    _, rising = train(toy_run, tmp_path / "a", steps=6, target_kl_behav=100.0, **small)
     counts = [len(record["skipped_layers"]) for record in rising]
     assert counts[0] == 0 and counts == sorted(counts) and counts[-1] >= 2
-    _, rising = train(toy_run, tmp_path / "list", steps=6, target_kl_behav=100.0, skip_layers="2,5")
+    _, rising = train(toy_run, tmp_path / "list", steps=5, target_kl_behav=100.0, skip_layers="2,5", **small)
     assert [len(record["skipped_layers"]) for record in rising][-2:] == [2, 2]  # of two layers, no more
-    _, staying = train(toy_run, tmp_path / "dear", steps=4, target_kl_behav=1e-9, skip_layers="cheap")
+    _, staying = train(toy_run, tmp_path / "dear", steps=3, target_kl_behav=1e-9, skip_layers="cheap", **small)
     assert not any(record["skipped_layers"] for record in staying)  # one layer already costs too much
-    _, falling = train(toy_run, tmp_path / "b", steps=6, skip_ratio=0.5, target_kl_behav=1e-9)
+    _, falling = train(toy_run, tmp_path / "b", steps=6, skip_ratio=0.5, target_kl_behav=1e-9, **small)
     counts = [len(record["skipped_layers"]) for record in falling]
     assert counts[0] == 4 and counts == sorted(counts, reverse=True) and counts[-1] <= 2
 

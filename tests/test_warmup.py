@@ -87,14 +87,14 @@ def test_layer_dropout_trains_nested_models_in_its_share_of_batches(tmp_path, mo
     real = warmup.Decoder.forward
     spy = lambda self, t, skip=None, *a, **k: masks.append(skip) or real(self, t, skip, *a, **k)  # noqa: E731
     monkeypatch.setattr(warmup.Decoder, "forward", spy)
-    train(tmp_path, steps=60, layer_dropout=0.5, micro_batch=8)  # one pass a step
-    skips = [mask for mask in masks[:60] if mask is not None]
-    assert 20 < len(skips) < 40
+    train(tmp_path, steps=40, batch=2, layer_dropout=0.5)  # one pass a step
+    skips = [mask for mask in masks[:40] if mask is not None]
+    assert 12 < len(skips) < 28
     assert all(int(skip.sum()) == 2 for skip in skips) and len({tuple(skip.tolist()) for skip in skips}) > 5
 
 
 def test_layer_dropout_draws_as_many_layers_from_the_pool_as_rl_will_and_says_how_well_the_model_does_without(tmp_path):
-    flags = {"layer_dropout": 1.0, "skip_ratio": 0.125, "skip_layers": "cheap", "eval_every": 2}
+    flags = {"layer_dropout": 1.0, "skip_ratio": 0.125, "skip_layers": "cheap", "eval_every": 4}
     masks, real = [], warmup.supervised_step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(warmup, "supervised_step", lambda *args: masks.append(args[3]) or real(*args))
@@ -103,7 +103,7 @@ def test_layer_dropout_draws_as_many_layers_from_the_pool_as_rl_will_and_says_ho
     cheapest = sorted(range(1, 7), key=lambda layer: worth[layer])[:2]
     assert {tuple(mask.nonzero().flatten().tolist()) for mask in masks} == {(cheapest[0],), (cheapest[1],)}
     kl = [record.get("kl_behav") for record in read_metrics(run)]
-    assert [x is None for x in kl] == [True, False] * 6 and all(x > 0 for x in kl if x is not None)
+    assert [x is None for x in kl] == [True, True, True, False] * 3 and all(x > 0 for x in kl if x is not None)
 
 
 def test_the_learning_rate_rises_over_a_tenth_of_the_run_and_falls_linearly_over_all_of_it(tmp_path):
