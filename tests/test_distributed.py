@@ -11,10 +11,10 @@ import pytest
 import torch
 from families import random_hf_model
 from safetensors.torch import load_file
-from soak import PROJECT, TIMES
+from soak import TIMES
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main as torchrun
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import evaluate
 import rl
@@ -222,20 +222,23 @@ def test_a_checkpoint_that_cannot_be_written_ends_all(small_run, tmp_path, monke
 
 
 def test_an_exception_in_one_process_ends_torchrun_with_its_message(small_run, tmp_path, monkeypatch, capfd):
-    script = tmp_path / "broken.py"
-    script.write_text(
-        "import os, rl\n"
-        "def gae(*args):\n"
-        "    raise KeyError('the power is gone')\n"
-        "if os.environ['RANK'] == '1':\n"
-        "    rl.gae = gae\n"
-        "rl.run_script(rl.main, rl.Config)\n"
-    )
-    flags = {"model": small_run, "out": tmp_path / "rl", "limit": 40, "test_limit": 9, "rollout_batch": 8}
-    argv = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
-    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
-    with pytest.raises(ChildFailedError):
-        torchrun(list(map(str, ["--standalone", "--nproc-per-node", 2, script, *argv])))
+    def gae(*args):
+        raise KeyError("the power is gone")
+
+    def work():
+        if os.environ["RANK"] == "1":
+            rl.gae = gae
+        monkeypatch.setattr("sys.argv", ["rl.py", "--model", str(small_run), "--out", str(tmp_path / "rl"), *flags])
+        try:
+            rl.run_script(rl.main, rl.Config)
+        except BaseException:
+            traceback.print_exc()  # as at the end of a script
+            raise
+
+    flags = ["--limit", "40", "--test-limit", "9", "--rollout-batch", "8"]
+    agent = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0, "start_method": "fork"}
+    with pytest.raises(ChildFailedError):  # as torchrun does it, but forked: nothing to import
+        elastic_launch(LaunchConfig(1, 1, 2, run_id="test", **agent), work)()
     assert "the power is gone" in capfd.readouterr().err
 
 
