@@ -135,7 +135,15 @@ def test_an_update_is_that_of_the_equations(tiny, tmp_path, monkeypatch, correct
 
     for where, name, spy in ((rl, "sample", sampling), (Run, "update", update), (rl, "minibatches", in_order)):
         monkeypatch.setattr(where, name, spy)
-    flags = {"steps": 2, "rollout_batch": 6, "samples": SAMPLES, "minibatch": 4, "micro_batch": 3, "limit": 9}
+    flags = {
+        "steps": 2,
+        "rollout_batch": 6,
+        "samples": SAMPLES,
+        "minibatch": 4,
+        "micro_batch": 3,
+        "limit": 9,
+        "test_limit": 2,
+    }
     flags |= {"skip_ratio": SKIP, "clip": CLIP, "cap": CAP, "value_coef": ALPHA, "kl_coef": BETA, "lr": LR}
     flags |= {"ppo_epochs": EPOCHS, "gamma": GAMMA, "lam": LAM, "max_new_tokens": 8, "dtype": "float64"}
     rl.main(rl.Config(model="tiny", task="toy", out=str(tmp_path), correction=correction, advantage=advantage, **flags))
