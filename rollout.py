@@ -328,8 +328,7 @@ RANGES = (  # low, high, and the flags of any script whose numbers must lie betw
     (0, inf, "seed samples save_every eval_every lr weight_decay kl_coef value_coef"),
     (1e-9, inf, "epochs clip cap target_kl_behav"),
     (0, 1, "gamma lam layer_dropout"),
-    (0, 0.999, "skip_ratio"),
-    (0, 0.999999, "beta2"),
+    (0, 0.999999, "beta2 skip_ratio"),
 )
 
 
@@ -343,7 +342,7 @@ class SharedConfig:
     engine: Literal["nl", "python"] | None = flag(None, "python: programs (default: the run's, nl: natural language)")
     prompt_style: Literal["auto", "reft", "chat"] | None = flag(None, "default: the run's; auto: chat for chat models")
     unsafe_exec: bool = flag(False, "run model-written programs even where the system cannot hold them back")
-    max_new_tokens: int | None = flag(None, "longest completion in tokens (toy: 64, toy-long: 128, else 400)")
+    max_new_tokens: int | None = flag(None, "longest completion in tokens (toy: 64, toy-long: 128, else 400: ReFT's)")
     max_rows: int = flag(512, "completions sampled at a time; lower it to save memory, the samples stay")
     device: Literal["cpu", "cuda"] | None = flag(None, "default: cuda where there is one")
     dtype: Literal["float32", "float64", "bfloat16"] | None = flag(None, "default: bfloat16 on cuda, else float32")
@@ -368,8 +367,7 @@ class SharedConfig:
             raise InputError("runs/warmup does not exist: run `python warmup.py` first, or name a model with --model")
         if source:
             check_checkpoint(source)
-        file = Path(source or "", "run.json")
-        trained = read_json(file) if source and file.exists() else {}
+        trained = read_json(file) if source and (file := Path(source, "run.json")).exists() else {}
         defaults = {"task": None if source else "toy", "engine": "nl", "prompt_style": "auto"}
         if self.task in (None, trained.get("task")):  # another task has other problems and lengths
             defaults |= {"data": None, "test_data": None, "max_new_tokens": None}
@@ -379,8 +377,7 @@ class SharedConfig:
         self.fill_in({name: trained.get(name, default) for name, default in defaults.items()})
         if self.task is None:
             raise InputError(f"{source} does not say what it was trained on: name a --task, one of {', '.join(TASKS)}")
-        usual = {"toy": 64, "toy-long": 128}.get(self.task, 400)  # ReFT: 700 tokens, of which at most 300 of the prompt
-        self.max_new_tokens = self.max_new_tokens or usual
+        self.max_new_tokens = self.max_new_tokens or {"toy": 64, "toy-long": 128}.get(self.task, 400)
         if self.engine == "python":
             execute(["def solution(): return 1"], self.unsafe_exec)  # refused here, not after an hour of training
         if self.task in TOY_STEPS and "OMP_NUM_THREADS" not in os.environ:
