@@ -37,8 +37,9 @@ def script(module, *argv) -> multiprocessing.Process:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for number in (1, 2):
             os.dup2(nowhere, number)
-        # what a shell starts in the background ignores Ctrl-C, and hands that on
+        # what a shell starts in the background ignores Ctrl-C, and hands that on; a fork has its parent's handlers
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.argv = [module.__file__, *map(str, argv)]
         run_script(module.main, module.Config)
 

@@ -237,8 +237,12 @@ def test_an_exception_in_one_process_ends_torchrun_with_its_message(small_run, t
 
     flags = ["--limit", "40", "--test-limit", "9", "--rollout-batch", "8"]
     agent = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0, "start_method": "fork"}
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     with pytest.raises(ChildFailedError):  # as torchrun does it, but forked: nothing to import
         elastic_launch(LaunchConfig(1, 1, 2, run_id="test", **agent), work)()
+    for number, handler in handlers.items():  # torchrun leaves its own behind
+        if signal.getsignal(number) != handler:
+            signal.signal(number, handler)
     assert "the power is gone" in capfd.readouterr().err
 
 
