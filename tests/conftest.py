@@ -12,6 +12,11 @@ sys.path.insert(0, str(PROJECT))
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where the cores are busy
 
 
+def pytest_collection_modifyitems(items):
+    """What keeps two cores busy comes last: until then the main job has one of them."""
+    items.sort(key=lambda item: item.path.stem in ("test_distributed", "test_sandbox"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_curves():
     """A figure takes longer than a short run: curves.png is empty but in the test that sets the real function again."""
