@@ -1,35 +1,41 @@
 """Run programs that a model wrote, without trusting them (ReFT's program chains of thought).
 
-A program is a text that defines solution(). It runs whole, in one fresh namespace; then solution() is called, and the
-number that it returns comes back as a short text.
+A program is a text that defines solution(), alone or in the prose of a chat. It runs whole, in a
+fresh module; then solution() is called, and the number that it returns comes back as a short text.
 
-    trainer ==program==> server, one a core: a clean Python with the usual modules loaded; no CUDA, no data, no gold
+    trainer --program--> server, one a core: a clean Python with the usual modules loaded;
+                           |          no CUDA, no data, no gold
                            |  fork
                            v
-                         child: one program, then gone  --"18.5", at most 255 bytes on a private pipe--> server
+                         child: one program, then gone
+                                --"18.5", at most 255 bytes on a private pipe--> server --> trainer
 
 What a program may try, and what stands against it:
 
-    read answers or data    The gold never leaves the trainer; a program goes past the server straight into its child,
-                            and the server wipes each answer. No environment, no open file but /dev/null and the pipe.
-    files, network, other   An allow-list of system calls (seccomp): a child can compute, take memory, sleep, use the
-    processes, threads      files it holds, and end. It cannot open, connect, fork, start threads, signal or trace.
-    run or grow for ever    Limits on CPU time, wall time and memory. The server kills at the deadline and reaps.
-    forge a reward          The trainer unpickles and evaluates nothing: it takes up to 255 bytes that the grammar of
-                            numbers fits. A program that writes to the pipe itself only names its own answer.
-    harm the next program   Each starts as a fork of the same memory, random state and hash seed included.
+    read answers or data    The gold never leaves the trainer. A program goes past the server
+                            straight into its child, and the server wipes each answer. A child has
+                            no environment and no open file but /dev/null and its pipe.
+    files, network, other   An allow-list of system calls (seccomp): a child can compute, take
+    processes, threads      memory, sleep, use the files it holds, and end. It cannot open,
+                            connect, fork, start threads, signal or trace.
+    run or grow for ever    Limits on CPU time, wall time and memory. The server kills a child at
+                            its deadline and reaps it.
+    forge a reward          The trainer unpickles and evaluates nothing: it takes up to 255 bytes
+                            that the grammar of numbers fits. A program that writes to the pipe
+                            itself only names its own answer.
+    harm the next program   Each starts as a fork of the same memory, random state and hash seed
+                            included.
 
-Not guarded: holes in the kernel, in the little of it that a child can call; time (a program near a limit may end either
-way, one that asks for the time gets it). With unsafe=True on a system without seccomp (macOS) the limits are
-all there is: a program can read and delete your files.
+Not guarded: holes in the kernel, in the little of it that a child can call; and time (a program
+near a limit may end either way, one that asks for the time gets it). With unsafe=True on a system
+without seccomp (macOS) the limits are all there is: a program can read and delete your files.
 """
 
 import atexit
 import contextlib
 import ctypes
-import errno
 import gc
-import importlib.util
+import importlib
 import math
 import os
 import platform
@@ -39,42 +45,41 @@ import signal
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
-from numbers import Integral, Rational, Real
+from numbers import Rational, Real
 from pathlib import Path
 from typing import NamedTuple
 
-from reward import InputError, read_number, score
+from reward import InputError, judge, read_number, reward_of
 
-WALL_SECONDS = 3
-CPU_SECONDS = 2
-MEMORY_BYTES = 1 << 30
-MAX_PROGRAM = 1 << 16  # bytes; a longer program is an error
-MAX_ANSWER = 255  # bytes
-START_SECONDS = 120  # a server loads its modules
-GRACE_SECONDS = 5  # a server that is silent for longer than WALL_SECONDS and this is killed
-
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 STATUSES = ("ok", "error", "timeout", "killed")
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Outcome(NamedTuple):
-    """How a program ended."""
+    """How a program ended.
 
-    status: str  # "ok"; "error" (it raised, left, or returned no number); "timeout"; "killed" (a crash)
-    answer: str | None  # the text of a number if status is "ok"
+    status: one of STATUSES. "error": it raised, left, returned no number, or is no program;
+    "timeout": it met a limit on time; "killed": it crashed.
+    answer: the text of a number if status is "ok", else None.
+    """
 
-
-# ---- in the trainer ----
+    status: str
+    answer: str | None
 
 
 def execute(programs: list[str], unsafe: bool = False) -> list[Outcome]:
-    """Run programs, one a core at a time. InputError where nothing holds them back, unless unsafe: then the limits do."""
+    """Run programs, one a core at a time; each may stand in the prose of a chat (program_text).
+
+    InputError where nothing holds programs back. With unsafe=True only the limits do, there.
+    """
     with ThreadPoolExecutor(CORES) as pool:
-        return list(pool.map(lambda program: run_program(program, unsafe), programs))
+        return list(pool.map(lambda text: run_program(text, unsafe), programs))
 
 
 def run_programs(programs: list[str], unsafe: bool = False) -> list[str | None]:
@@ -82,96 +87,172 @@ def run_programs(programs: list[str], unsafe: bool = False) -> list[str | None]:
     return [outcome.answer for outcome in execute(programs, unsafe)]
 
 
-def score_programs(programs: list[str], golds: list[str], task: str, unsafe: bool = False) -> list[float]:
-    """The reward of each program: 1.0 right, 0.1 another number, 0.0 no number."""
-    pairs = zip(run_programs(programs, unsafe), golds, strict=True)
-    return [0.0 if answer is None else score_result(answer, gold, task) for answer, gold in pairs]
+def score_programs(
+    programs: list[str], golds: list[str], task: str, unsafe: bool = False
+) -> list[float]:
+    """The reward of each program, eq. (3): 1.0 right, 0.1 another number, 0.0 no number."""
+    return [
+        reward_of(judge_result(answer, gold, task))
+        for answer, gold in zip(run_programs(programs, unsafe), golds, strict=True)
+    ]
 
 
-def score_result(answer: str, gold: str, task: str, options: str | None = None) -> float:
-    """reward.score, but a result that is not whole may miss gold by 1e-4 of it: ReFT's 8.99955 for 9, of 0.6667 for 2/3."""
-    number, right = read_number(answer), read_number(gold)
-    if right and number.value.denominator > 1 and abs(number.value - right.value) <= abs(right.value) / 10**4:
-        return 1.0
-    return score(f"#### {answer}", gold, task, options)
+def judge_result(answer: str | None, gold: str, task: str, options: str | None = None) -> str:
+    """The outcome of a result, as reward.judge has it: "right", "wrong" or "no_answer".
+
+    A result that is not whole may miss gold by 1e-4 of it: the programs of ReFT that are right
+    return 8.99955 for 9, or 0.6667 for 2/3.
+    """
+    if answer is None:
+        return "no_answer"
+    result, right = read_number(answer), read_number(gold)
+    if None not in (result, right) and result.denominator > 1:
+        error = abs(result - right)
+        if error <= abs(right) / 10**4:
+            return "right"
+    return judge(f"#### {answer}", gold, task, options)[0]
+
+
+# ---- the program in a completion -----------------------------------------------------------------
+
+# A block in a Markdown fence. It ends where the mark of the fence comes again: at the left edge of
+# the block, or behind the last word of a line; without one, where the text ends.
+FENCED = re.compile(
+    r"""(?xms) (?<![`~]) (?P<fence>`{3,}+|~{3,}+) [ \t]* [\w.+#-]* [ \t\r]* \n
+        (?:[ \t\r]*\n)*
+        (?P<code> (?P<indent>[ \t]*) .*?)
+        (?: ^ (?:(?P=indent))? (?P=fence) | (?<=\S) (?P=fence) [ \t\r]* $ | \Z )"""
+)
+# Where the prompt has opened the thought, a completion shows only its end. A text that starts with
+# code has no thought: what looks like one stands in a docstring.
+THOUGHT = re.compile(r"(?s)\A(?!\s*(?:def|import|from)\s)(?:.*</think>|\s*<think>.*)")
+DEFINITION = re.compile(r"(?m)^[ \t]*def[ \t]+solution[ \t]*\(")
+
+
+def program_text(text: str) -> str | None:
+    """The program in a completion, None where there is none, or more than one in fences.
+
+    A thought is left out. Where the only definitions of solution() stand in one fence, its content
+    is the program; otherwise the text is, whole. What is indented as a whole moves to the left.
+    Examples, with / for a line break:
+
+        def solution(): / return 18                                the same
+        Here it is: / ```python / def solution(): ... / ``` / Ok.  def solution(): ...
+        <think>I add.</think> / def solution(): ...                def solution(): ...
+        The answer is 18.                                          None
+        ``` / def solution(): ... / ``` / or / ``` / def solution(): ... / ```    None
+    """
+    text = THOUGHT.sub("", text).strip("\r\n")
+    programs = [
+        block["code"] for block in FENCED.finditer(text) if DEFINITION.search(block["code"])
+    ]
+    if programs and not DEFINITION.search(FENCED.sub("", text)):
+        text = programs[0] if len(programs) == 1 else ""
+    if "solution" not in text:
+        return None
+    return textwrap.dedent(text).lstrip() if text[0].isspace() else text
+
+
+# ---- the servers, seen from the trainer ----------------------------------------------------------
+
+MAX_PROGRAM = 1 << 16  # characters; a longer program is an error
+START_SECONDS = 120  # a server loads its modules
+GRACE_SECONDS = 5  # a server that is silent for longer than WALL_SECONDS and this is killed
 
 
 class Server(NamedTuple):
-    """A running server. refusal: why programs are not held back in it, "" if they are."""
+    """A running server. is_confined: whether the system-call filter works there."""
 
     process: subprocess.Popen
-    refusal: str
+    is_confined: bool
 
 
-IDLE: dict[tuple[int, str], list[Server]] = {}  # by owner (a fork of the trainer owns none of these) and kind
+# By owner, since a fork of the trainer owns none of these, and by needs_sympy.
+IDLE: dict[tuple[int, bool], list[Server]] = {}
 
 
-def run_program(program: str, unsafe: bool) -> Outcome:
+def run_program(text, unsafe):
     """Send a program to an idle server or a new one, wait, and check the reply."""
-    text = program.encode("utf-8", "surrogatepass")
-    if len(text) > MAX_PROGRAM:
+    program = program_text(text)
+    if program is None or len(program) > MAX_PROGRAM:
         return Outcome("error", None)
-    kind = "symbolic" if re.search("sympy|numpy|mpmath", program) else "plain"  # symbolic: slower to start and to fork
-    idle = IDLE.setdefault((os.getpid(), kind), [])
-    server = None
-    with contextlib.suppress(IndexError):
-        while (server := idle.pop()).process.poll() is not None:
-            stop(server)
-            server = None
-    server = server or start_server(kind)
-    if server.refusal and not unsafe:
+    source = program.encode("utf-8", "surrogatepass")
+    # A server that holds these is slower to start and to fork.
+    needs_sympy = bool(re.search("sympy|numpy|mpmath", program))
+    idle = IDLE.setdefault((os.getpid(), needs_sympy), [])
+    server = take_idle(idle) or start_server(needs_sympy)
+    if not server.is_confined and not unsafe:
         idle.append(server)
-        way_out = "run on Linux with seccomp, or with --unsafe-exec let programs do to your files what they like"
-        raise InputError(f"model-written programs cannot be held back here: {server.refusal}; {way_out}")
-    reply = ask(server, struct.pack("<I", len(text)) + text, WALL_SECONDS + GRACE_SECONDS)
-    if reply:
-        idle.append(server)
-    else:
+        raise InputError(
+            "model-written programs cannot be held back here: no system-call filter works on "
+            f"{platform.system()} {platform.machine()}; run on Linux with seccomp, or with "
+            "--unsafe-exec let programs do to your files what they like"
+        )
+    request = len(source).to_bytes(4) + source
+    status, answer = ask(server, request, WALL_SECONDS + GRACE_SECONDS)
+    idle.append(server)
+    # read_number alone would take words, units and a second line, too.
+    is_plain = re.fullmatch(r"[-+.0-9e/]{1,255}", answer)
+    if status == "ok" and (not is_plain or read_number(answer) is None):
+        status = "error"
+    return Outcome(status, answer if status == "ok" else None)
+
+
+def take_idle(idle):
+    """Take a server that still runs out of the list. None where there is none."""
+    while True:
+        try:
+            server = idle.pop()
+        except IndexError:  # no test before: another thread may take the last one in between
+            return None
+        if server.process.poll() is None:
+            return server
         stop(server)
-    status, answer = reply or ("killed", "")
-    if status != "ok":
-        return Outcome(status, None)
-    is_number = re.fullmatch(r"[-+.0-9e/]{1,255}", answer) and read_number(answer)  # no words, units or second line
-    return Outcome("ok", answer) if is_number else Outcome("error", None)
 
 
-def ask(server: Server, request: bytes, seconds: float) -> tuple[str, str] | None:
-    """Send a request and read the reply: a status and a text. None if the server ends, or is silent for too long."""
+def ask(server, request, seconds):
+    """Send a request and read the reply: a status and a text.
+
+    A server that ends, or is silent for too long, is stopped: "killed".
+    """
     timer = threading.Timer(seconds, server.process.kill)
     timer.start()
-    try:
+    reply = b""
+    with contextlib.suppress(OSError):  # it has ended
         server.process.stdin.write(request)
         server.process.stdin.flush()
-        reply = server.process.stdout.read(len(REPLY))
-    except OSError:
-        reply = b""
-    finally:
-        timer.cancel()
-    return (STATUSES[reply[0]], reply[1:].rstrip(b"\0").decode("latin-1")) if len(reply) == len(REPLY) else None
+        reply = server.process.stdout.read(REPLY_BYTES)
+    timer.cancel()
+    if len(reply) < REPLY_BYTES:
+        stop(server)
+        return "killed", ""
+    return STATUSES[reply[0]], reply[1:].rstrip(b"\0").decode("latin-1")
 
 
-def start_server(kind: str) -> Server:
+def start_server(needs_sympy):
     """Start a server and wait until it is ready."""
-    specs = [importlib.util.find_spec(name) for name in ("numpy", "mpmath", "sympy")]
-    paths = sorted({str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin})
-    # Not python -I: it ignores the hash seed, which fixes the order of a set of strings.
-    environment = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")} | {"PYTHONHASHSEED": "0"}
-    environment |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    command = [sys.executable, "-sS", "-Wignore", __file__]  # not -I, which ignores the hash seed
     process = subprocess.Popen(
-        [sys.executable, "-sS", "-Wignore", str(Path(__file__).resolve()), kind, seccomp_filter().hex(), *paths],
+        [*command, str(needs_sympy), seccomp_filter().hex()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=environment,
+        env={
+            "PYTHONHASHSEED": "0",  # fixes the order of a set of strings
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "OMP_NUM_THREADS": "1",  # OpenBLAS and MKL heed it, too
+            "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""),
+        },
         start_new_session=True,  # Ctrl-C in a terminal is for the trainer
     )
-    ready = ask(Server(process, ""), b"", START_SECONDS)
-    if ready is None:
-        stop(Server(process, ""))
-        raise InputError(f"no server for programs: {sys.executable} ended with {process.returncode} at its start")
-    return Server(process, ready[1])
+    status, _ = ask(Server(process, False), b"", START_SECONDS)
+    if status == "killed":
+        raise InputError(
+            f"no server for programs: {sys.executable} ended with {process.returncode} at its start"
+        )
+    return Server(process, is_confined=status == "ok")
 
 
-def stop(server: Server) -> None:
+def stop(server):
     """Kill a server; the kernel kills its child with it."""
     server.process.kill()
     with contextlib.suppress(OSError), server.process:
@@ -179,141 +260,179 @@ def stop(server: Server) -> None:
 
 
 @atexit.register
-def stop_idle() -> None:
-    """At exit: stop the servers of this process. One that is at work ends by itself, as its pipe closes."""
+def stop_idle():
+    """At exit: stop the servers of this process. One that is at work ends as its pipe closes."""
     for (owner, _), servers in IDLE.items():
         while owner == os.getpid() and servers:
             stop(servers.pop())
 
 
-# ---- the limits ----
+# ---- the limits ----------------------------------------------------------------------------------
 
-SYSCALLS = (  # all that a program may call: name, number on x86_64, number on aarch64
-    "read 0 63, write 1 64, close 3 57, fstat 5 80, lseek 8 62, mmap 9 222, mprotect 10 226, munmap 11 215, brk 12 214,"
-    "rt_sigreturn 15 139, mremap 25 216, exit 60 93, futex 202 98, restart_syscall 219 128, clock_gettime 228 113,"
-    "clock_nanosleep 230 115, exit_group 231 94"
-)
-COLUMNS = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # machine: column of SYSCALLS, AUDIT_ARCH
+WALL_SECONDS = 3
+CPU_SECONDS = 2
+MEMORY_BYTES = 1 << 30
+# All that a program may call: read, write, close, fstat, lseek, mmap, mprotect, munmap, brk,
+# rt_sigreturn, mremap, exit, futex, restart_syscall, clock_gettime, clock_nanosleep, exit_group.
+SYSCALLS = {
+    "x86_64": (0, 1, 3, 5, 8, 9, 10, 11, 12, 15, 25, 60, 202, 219, 228, 230, 231),
+    "aarch64": (63, 64, 57, 80, 62, 222, 226, 215, 214, 139, 216, 93, 98, 128, 113, 115, 94),
+}
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 LOAD, IF_EQUAL, IF_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06  # BPF instructions
-KILL, FAIL, ALLOW = 0x80000000, 0x00050000 | errno.EPERM, 0x7FFF0000
+KILL, FAIL, ALLOW = 0x80000000, 0x00050001, 0x7FFF0000  # FAIL: with errno 1, EPERM
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
 
 
-def seccomp_filter() -> bytes:
-    """The allow-list as a BPF program: any other call fails with EPERM. Empty where there is none for the machine."""
-    if sys.platform != "linux" or platform.machine() not in COLUMNS or sys.maxsize < 2**32:
+def seccomp_filter():
+    """The allow-list as a BPF program: any other call fails with EPERM.
+
+    Empty where there is none for the machine.
+    """
+    machine = platform.machine()
+    if sys.platform != "linux" or machine not in SYSCALLS:
         return b""
-    column, arch = COLUMNS[platform.machine()]
-    allowed = [int(entry.split()[column]) for entry in SYSCALLS.split(",")]
-    rows = [  # instruction, rows to skip if true and if false, operand
-        # in another mode of the machine, or with x32's bit, a number means another call
-        *((LOAD, 0, 0, 4), (IF_EQUAL, 1, 0, arch), (RETURN, 0, 0, KILL)),
-        *((LOAD, 0, 0, 0), (IF_AT_LEAST, 0, 1, 1 << 30), (RETURN, 0, 0, KILL)),
-        *((IF_EQUAL, len(allowed) - i, 0, number) for i, number in enumerate(allowed)),
-        *((RETURN, 0, 0, FAIL), (RETURN, 0, 0, ALLOW)),
+    instructions = [  # each: instruction, how many to skip if it is true and if not, operand
+        # In another mode of the machine, or with x32's bit, a number means another call.
+        (LOAD, 0, 0, 4),
+        (IF_EQUAL, 1, 0, AUDIT_ARCH[machine]),
+        (RETURN, 0, 0, KILL),
+        (LOAD, 0, 0, 0),
+        (IF_AT_LEAST, 0, 1, 1 << 30),
+        (RETURN, 0, 0, KILL),
     ]
-    return b"".join(struct.pack("=HBBI", *row) for row in rows)
+    for number in SYSCALLS[machine]:
+        instructions += [(IF_EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
+    instructions.append((RETURN, 0, 0, FAIL))
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions)
 
 
-def prctl(option: int, *arguments: int) -> None:
-    """Linux's prctl(2)."""
-    words = [ctypes.c_ulong(argument) for argument in (*arguments, 0, 0, 0)[:4]]
-    if ctypes.CDLL(None, use_errno=True).prctl(option, *words):
-        raise OSError(ctypes.get_errno(), "prctl")
+def prctl(option, value, pointer=0):
+    """Linux's prctl(2); elsewhere nothing."""
+    if sys.platform == "linux":
+        words = map(ctypes.c_ulong, (value, pointer, 0, 0))
+        if ctypes.CDLL(None).prctl(option, *words):
+            raise OSError(f"prctl({option}) failed")
 
 
-def confine(seccomp: bytes) -> None:
+def confine(seccomp):
     """Limit this process, for good."""
-    import resource
+    import resource  # not on Windows, where this file can still be imported
 
-    limits = {"CPU": CPU_SECONDS, "AS": MEMORY_BYTES, "STACK": 8 << 20, "NOFILE": 16, "NPROC": 0, "FSIZE": 0, "CORE": 0}
-    for name, value in limits.items():
-        limit = getattr(resource, f"RLIMIT_{name}")
+    limits = {
+        resource.RLIMIT_CPU: CPU_SECONDS,
+        resource.RLIMIT_AS: MEMORY_BYTES,
+        resource.RLIMIT_STACK: 8 << 20,
+        resource.RLIMIT_NOFILE: 16,
+        resource.RLIMIT_NPROC: 0,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_CORE: 0,
+    }
+    for limit, value in limits.items():
         hard = resource.getrlimit(limit)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        with contextlib.suppress(*(() if seccomp else (ValueError, OSError))):  # macOS refuses RLIMIT_AS
+        if 0 <= hard < value:  # no limit is -1 on Linux
+            value = hard
+        try:
             resource.setrlimit(limit, (value, value))
+        except (ValueError, OSError):  # macOS refuses RLIMIT_AS
+            if seccomp:
+                raise
     if seccomp:
         code = ctypes.create_string_buffer(seccomp)
-        program = ctypes.create_string_buffer(struct.pack("@HP", len(seccomp) // 8, ctypes.addressof(code)))
+        header = struct.pack("@HP", len(seccomp) // 8, ctypes.addressof(code))
+        program = ctypes.create_string_buffer(header)
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         prctl(PR_SET_SECCOMP, 2, ctypes.addressof(program))
 
 
-# ---- in the server ----
+# ---- the server ----------------------------------------------------------------------------------
 
-PRELOAD = (  # what programs may import, for they cannot open files; the last two are for strptime and "\N{...}"
-    "math cmath fractions decimal datetime itertools collections random re statistics functools operator string copy "
-    "heapq bisect calendar time typing dataclasses enum numbers json textwrap _strptime unicodedata"
-)
-PRELOAD_SYMBOLIC = (
-    "numpy numpy.fft numpy.linalg numpy.polynomial numpy.random sympy sympy.physics.units sympy.stats sympy.vector "
-    "sympy.assumptions.handlers sympy.sets.handlers.issubset sympy.sets.handlers.functions"
-)
+REPLY_BYTES = 257  # a status, up to 255 bytes of text, and one that shows that a text is too long
+answer_buffer = bytearray(REPLY_BYTES)  # all that a server keeps of a program, until it is sent
+
+# A child cannot open files: what programs may import is loaded before. This is what the standard
+# library has for text, data types, arithmetic and dates; _strptime is what strptime needs.
+PRELOAD = """
+    __future__ _strptime abc array base64 binascii bisect calendar cmath codecs collections
+    collections.abc contextlib copy csv dataclasses datetime decimal difflib enum fractions
+    functools graphlib heapq html inspect io itertools json keyword locale math numbers operator
+    pprint random re reprlib statistics string stringprep struct textwrap time timeit traceback
+    types typing unicodedata warnings weakref
+"""
+# sympy puts off many imports until they are used.
+PRELOAD_SYMPY = """
+    numpy numpy.fft numpy.linalg numpy.ma numpy.matlib numpy.polynomial numpy.random
+    sympy sympy.abc sympy.assumptions.handlers.matrices sympy.assumptions.lra_satask
+    sympy.assumptions.predicates.matrices sympy.assumptions.satask sympy.combinatorics.galois
+    sympy.combinatorics.group_numbers sympy.combinatorics.homomorphisms sympy.concrete.delta
+    sympy.concrete.guess sympy.crypto sympy.discrete.recurrences sympy.integrals.intpoly
+    sympy.integrals.quadrature sympy.logic.algorithms.dpll sympy.matrices.expressions.applyfunc
+    sympy.matrices.normalforms sympy.ntheory.bbp_pi sympy.ntheory.elliptic_curve
+    sympy.physics.units sympy.physics.units.systems.cgs sympy.physics.wigner
+    sympy.polys.dispersion sympy.polys.distributedmodules sympy.polys.domains.quotientring
+    sympy.polys.multivariate_resultants sympy.polys.numberfields.resolvent_lookup
+    sympy.polys.subresultants_qq_zz sympy.series.acceleration sympy.series.kauers
+    sympy.sets.handlers.add sympy.sets.handlers.functions sympy.sets.handlers.issubset
+    sympy.sets.handlers.mul sympy.sets.handlers.power sympy.stats sympy.stats.compound_rv
+    sympy.stats.error_prop sympy.stats.sampling.sample_numpy sympy.tensor.array.array_derivatives
+    sympy.tensor.array.expressions sympy.vector
+"""
 WARM_UP = """
 from sympy import *
 x, y = symbols("x y")
-solve(2**x - 8), solve([x * y - 6, x + y - 5]), solve(x**2 < 4), solveset(x**2 - 4, x, S.Reals), nsolve(cos(x) - x, 1)
-integrate(x * exp(x)), integrate(x**2, (x, 0, 3)), Integral(sin(x) / x, (x, 1, 2)).evalf(), limit(sin(x) / x, x, 0)
-summation(x, (x, 1, 10)), simplify(sin(x) ** 2 + cos(x) ** 2), sympify("2*x + 1"), lambdify(x, x**2)(3)
-diophantine(2 * x + 3 * y - 5), satisfiable(Symbol("p") & Symbol("q"))
-"""  # sympy puts off many imports until they are used
-REPLY = bytearray(1 + MAX_ANSWER + 1)  # status and text; the last byte is there to show that an answer is too long
+solve(2**x - 8), solve([x * y - 6, x + y - 5]), solve(x**2 < 4), solveset(x**2 - 4, x, S.Reals)
+integrate(x * exp(x)), integrate(x**2, (x, 0, 3)), Integral(sin(x) / x, (x, 1, 2)).evalf()
+nsolve(cos(x) - x, 1), limit(sin(x) / x, x, 0), summation(x, (x, 1, 10)), lambdify(x, x**2)(3)
+simplify(sin(x) ** 2 + cos(x) ** 2), sympify("2*x + 1"), diophantine(2 * x + 3 * y - 5)
+satisfiable(Symbol("p") & Symbol("q"))
+
+import numpy
+numpy.random.seed(0)
+"""  # more of what sympy puts off, its caches, and numpy's random numbers
 
 
-def serve(kind: str, seccomp: bytes, paths: list[str]) -> None:
-    """Run the programs that come on stdin, each in a fork, and report each to stdout. Ends when the trainer does."""
-    sys.path[:] = [*sys.path[1:], *paths]  # without the folder of this file
-    if sys.platform == "linux":
-        prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of a program become children of its server
-    preload(kind)
+def serve(needs_sympy, seccomp):
+    """Run the programs that come on stdin, each in a fork, and report each to stdout.
+
+    A request: 4 bytes, the size of a program, and the program. A reply: answer_buffer.
+    Ends when the trainer does.
+    """
+    prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of a program become children of its server
+    preload(needs_sympy)
     os.environ.clear()  # not before: numpy reads how many threads it may start
-    refusal = why_not(seccomp)
-    os.write(1, (b"\0" + refusal.encode()).ljust(len(REPLY), b"\0")[: len(REPLY)])
-    while len(header := read(0, 4)) == 4:
-        run_forked(*struct.unpack("<I", header), b"" if refusal else seccomp)
+    if not can_confine(seccomp):
+        seccomp = b""
+    report("ok" if seccomp else "error")
+    while header := os.read(0, 4):
+        run_forked(int.from_bytes(header), seccomp)
 
 
-def preload(kind: str) -> None:
+def preload(needs_sympy):
     """Import what programs may import."""
-    for name in (f"{PRELOAD} {PRELOAD_SYMBOLIC}" if kind == "symbolic" else PRELOAD).split():
-        with contextlib.suppress(ImportError):
+    names = PRELOAD + PRELOAD_SYMPY if needs_sympy else PRELOAD
+    for name in names.split():
+        with contextlib.suppress(ImportError):  # other versions may lack some
             importlib.import_module(name)
-    if "sympy" in sys.modules:
+    if needs_sympy:
         exec(WARM_UP, {})
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(0)
     gc.collect()
-    gc.freeze()  # the collector of a child would write to, and so copy, the memory that it shares with the server
+    gc.freeze()  # the collector of a child would write to, and so copy, the memory it shares
 
 
-def why_not(seccomp: bytes) -> str:
-    """Why this system cannot hold programs back, "" if it can: a child tries it."""
-    if not seccomp:
-        return f"no system-call filter for {platform.system()} on {platform.machine()}"
+def can_confine(seccomp):
+    """Whether the filter works on this system: a child under it must not see any file."""
     pid = os.fork()
     if pid == 0:
-        code = errno.ENOSYS
+        code = 1
         try:
             confine(seccomp)
-            os.open(os.devnull, os.O_RDONLY)
-        except OSError as error:
-            code = error.errno
+            code = int(os.path.exists(os.devnull))
         finally:
             os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return "" if code == errno.EPERM else f"the kernel refuses the system-call filter ({os.strerror(abs(code))})"
+    return os.waitpid(pid, 0)[1] == 0
 
 
-def read(file: int, size: int) -> bytes:
-    """The next size bytes, fewer only at the end of the file."""
-    data = b""
-    while len(data) < size and (more := os.read(file, size - len(data))):
-        data += more
-    return data
-
-
-def run_forked(size: int, seccomp: bytes) -> None:
+def run_forked(size, seccomp):
     """Run the program that is next on stdin in a child, and report."""
     inside, outside = os.pipe()
     os.set_blocking(outside, False)  # writing too much fails instead of waiting
@@ -321,46 +440,54 @@ def run_forked(size: int, seccomp: bytes) -> None:
     if pid == 0:
         run_child(size, outside, seccomp)
     os.close(outside)
-    REPLY[0] = STATUSES.index(wait(pid))
-    os.readv(inside, [memoryview(REPLY)[1:]])
+    status = wait(pid)
+    os.readv(inside, [memoryview(answer_buffer)[1:]])
     os.close(inside)
-    os.write(1, REPLY)
-    REPLY[:] = bytes(len(REPLY))  # the next child gets a copy of this memory
+    report(status)
 
 
-def wait(pid: int) -> str:
-    """The status of a child, once it has ended, by itself or at the deadline, and all that descends from it is dead."""
-    late = False
+def report(status):
+    """Send the answer buffer to the trainer, and wipe it: the next child gets a copy of it."""
+    answer_buffer[0] = STATUSES.index(status)
+    os.write(1, answer_buffer)
+    answer_buffer[:] = bytes(REPLY_BYTES)
 
-    def kill(*_: object) -> None:
-        nonlocal late
-        late = True
-        os.kill(pid, signal.SIGKILL)
 
-    signal.signal(signal.SIGALRM, kill)
-    signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
-    _, code, usage = os.wait4(pid, 0)
-    signal.setitimer(signal.ITIMER_REAL, 0)
+def wait(pid):
+    """Wait until a child ends, or end it at the deadline: its status.
+
+    What descends from it is dead, too, when this returns.
+    """
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(pid, signal.SIGKILL))
+    signal.alarm(WALL_SECONDS)
+    _, status = os.waitpid(pid, 0)
+    signal.alarm(0)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    with contextlib.suppress(ChildProcessError, FileNotFoundError):  # the usual end: no child is left
+    with contextlib.suppress(ChildProcessError, FileNotFoundError):  # usually no child is left
         while os.waitpid(-1, os.WNOHANG):
-            for orphan in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+            children = Path("/proc/thread-self/children").read_text()
+            for orphan in children.split():
                 os.kill(int(orphan), signal.SIGKILL)
-    if not os.WIFSIGNALED(code):
-        return "error" if code else "ok"
-    # what the kernel counts for the limit and what it reports differ on a busy virtual machine
-    return "timeout" if late or usage.ru_utime + usage.ru_stime > CPU_SECONDS / 2 else "killed"
+    code = os.waitstatus_to_exitcode(status)
+    if code in (-signal.SIGKILL, -signal.SIGXCPU):  # at the deadline; at the limit of CPU time
+        return "timeout"
+    if code < 0:
+        return "killed"
+    return "error" if code else "ok"
 
 
-def run_child(size: int, outside: int, seccomp: bytes) -> None:
-    """In the child: take the program, lock the doors, run it, write the answer, and end."""
+# ---- the child -----------------------------------------------------------------------------------
+
+
+def run_child(size, outside, seccomp):
+    """Take the program, lock the doors, run it, write the answer, and end."""
     code = 1
     try:
         os.setsid()
-        if sys.platform == "linux":
-            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        program = read(0, size).decode("utf-8", "surrogatepass")
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        with open(0, "rb") as stdin:
+            source = stdin.read(size).decode()
         os.dup2(outside, 3)
         null = os.open(os.devnull, os.O_RDWR)
         for file in range(3):
@@ -368,41 +495,41 @@ def run_child(size: int, outside: int, seccomp: bytes) -> None:
         os.closerange(4, 1 << 16)
         random.seed(0)  # fork has seeded it anew
         confine(seccomp)
-        namespace = {"__name__": "program"}
-        exec(compile(program, "<program>", "exec"), namespace)
-        os.write(3, result_text(namespace["solution"]()).encode("ascii"))
+        # dataclasses and typing look a module up by its name
+        program = sys.modules["program"] = types.ModuleType("program")
+        exec(source, vars(program))
+        os.write(3, result_text(program.solution()).encode("ascii"))
         code = 0
     finally:
         os._exit(code)
 
 
-def result_text(value: object) -> str:
-    """An int, float, Fraction, Decimal, numpy or sympy number as text, of up to MAX_ANSWER bytes. Raises on all else."""
+def result_text(value):
+    """An int, float, Fraction, Decimal, numpy or sympy number as text. Raises on all else."""
     if isinstance(value, bool):
         raise TypeError("a truth value is no number")
-    for kind in (int, float, Fraction, Decimal):
-        if isinstance(value, kind):
-            value = kind.__pos__(value)  # out of a subclass, past its own methods
-    if isinstance(value, Integral):
-        text = str(int(value))
-    elif isinstance(value, Rational):
-        text = f"{int(value.numerator)}/{int(value.denominator)}"
-    else:
-        if not isinstance(value, Decimal):
-            if not isinstance(value, Real) and not (value.is_number and value.is_real):  # sympy: sqrt(2), pi / 2
-                raise TypeError("no number")
-            value = float(value)
-        if not math.isfinite(value):
-            raise ValueError("not finite")
-        text = f"{value:.12g}"  # all digits but the dust of 0.1 + 0.2 = 0.30000000000000004
-        if not math.isclose(float(text), value, rel_tol=1e-14):
-            text = f"{value:.15g}"
-        if abs(value) < 10**18 and value == int(value):
-            text = f"{value:.0f}"
-    if len(text) > MAX_ANSWER:
-        raise ValueError("too long")
-    return text
+    for number_type in (int, float, Fraction, Decimal):
+        if isinstance(value, number_type):
+            value = number_type.__pos__(value)  # out of a subclass, past its own methods
+    if isinstance(value, Rational):
+        return f"{value.numerator}/{value.denominator}".removesuffix("/1")
+    return decimal_text(value)
+
+
+def decimal_text(value):
+    """A real number with all its digits, but without the dust of 0.1 + 0.2."""
+    if not isinstance(value, Decimal):
+        # sympy's sqrt(2) and pi / 2 are no Real
+        if not isinstance(value, Real) and not (value.is_number and value.is_real):
+            raise TypeError("no number")
+        value = float(value)
+    if not math.isfinite(value):
+        raise ValueError("not finite")
+    if abs(value) < 10**18 and value == int(value):
+        return f"{value:.0f}"
+    text = f"{value:.12g}"
+    return text if math.isclose(float(text), value, rel_tol=1e-14) else f"{value:.15g}"
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], bytes.fromhex(sys.argv[2]), sys.argv[3:])
+    serve(sys.argv[1] == "True", bytes.fromhex(sys.argv[2]))
