@@ -1,4 +1,6 @@
-"""Small random checkpoints of every supported family, with the config features that the real ones have."""
+"""Small random checkpoints of every family, with the config features that the real ones have."""
+
+from functools import partial
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen2Config, Qwen3Config
@@ -10,6 +12,8 @@ SMALL = {
     "num_attention_heads": 4,
     "initializer_range": 0.2,
 }
+GATED = SMALL | {"intermediate_size": 48}
+CODELLAMA = {"rope_type": "default", "rope_theta": 1e6}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -18,24 +22,32 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64, "init_std": 0.2}
+OPT = SMALL | {
+    "ffn_dim": 48,
+    "word_embed_proj_dim": 32,
+    "max_position_embeddings": 64,
+    "init_std": 0.2,
+}
+GALACTICA = OPT | {
+    "enable_bias": False,
+    "layer_norm_elementwise_affine": False,
+    "activation_function": "gelu",
+}
+BIASED = GATED | {"attention_bias": True, "mlp_bias": True, "head_dim": 10}
+GROUPED = GATED | {"num_key_value_heads": 2}
 CONFIGS = {
-    "codellama": lambda: LlamaConfig(
-        **SMALL, intermediate_size=48, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
-    ),
-    "llama3": lambda: LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=1, rope_parameters=LLAMA3),
-    "llama-biased": lambda: LlamaConfig(**SMALL, intermediate_size=48, attention_bias=True, mlp_bias=True, head_dim=10),
-    "qwen2": lambda: Qwen2Config(**SMALL, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True),
-    "qwen3": lambda: Qwen3Config(**SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=16),
-    "opt": lambda: OPTConfig(**SMALL, **OPT),
-    "galactica": lambda: OPTConfig(
-        **SMALL, **OPT, enable_bias=False, layer_norm_elementwise_affine=False, activation_function="gelu"
-    ),
+    "codellama": partial(LlamaConfig, **GATED, rope_parameters=CODELLAMA),
+    "llama3": partial(LlamaConfig, **GATED, num_key_value_heads=1, rope_parameters=LLAMA3),
+    "llama-biased": partial(LlamaConfig, **BIASED),
+    "qwen2": partial(Qwen2Config, **GROUPED, tie_word_embeddings=True),
+    "qwen3": partial(Qwen3Config, **GROUPED, head_dim=16),
+    "opt": partial(OPTConfig, **OPT),
+    "galactica": partial(OPTConfig, **GALACTICA),
 }
 
 
 def random_hf_model(family: str, seed: int = 0):
-    """A transformers model with every weight random, biases and norm weights too (they start at 0 and 1 otherwise)."""
+    """A transformers model with every weight random: norms and biases start at 1 and 0 else."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
     with torch.no_grad():
