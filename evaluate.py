@@ -1,274 +1,336 @@
-"""Greedy accuracy, maj@k and pass@k of any run on any task; every table and figure; offline self-training.
+"""Greedy accuracy, maj@k and pass@k of any run on any task; offline self-training; figures.
 
-python evaluate.py runs/warmup runs/rl --samples 8
-python evaluate.py runs/study/* --samples 8             runs that differ in more than their seed are compared as groups
-python evaluate.py runs/warmup --samples 100 --keep-correct right.jsonl      right completions as training problems
+    python evaluate.py runs/warmup runs/rl --samples 8
+    python evaluate.py runs/warmup --samples 100 --keep-correct right.jsonl
+
+Samples are drawn at temperature 1. maj@k votes on the canonical answers of disjoint blocks of k
+samples; completions without an answer do not vote, and the first of equals wins. The second command
+writes right completions of the training problems as training problems (ReFT, section 4.2).
 """
 
 import json
 import math
 import os
-import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
-from model import Decoder, load, named_in_errors, rank, read_json, write_json
-from reward import InputError, Problem, load_problems, make_target
-from rollout import OUTCOMES, Grades, SharedConfig, encode_prompts, flag, grade, prompt_seeds, run_script, sample
-
-
-@dataclass
-class Flags(SharedConfig):
-    """Flags of evaluate.py."""
-
-    out: str = flag("runs", "folder of study.json and study.png, and of models whose own folder is no run")
-    samples: int = flag(0, "also sample so many completions a problem at temperature 1, for maj@k and pass@k")
-    keep_correct: str | None = flag(None, "FILE: write right completions of the training problems to it instead")
-    data: str | None = flag(None, "training problems of --keep-correct (default: those of the run)")
-    limit: int | None = flag(None, "use only the first so many of them")
-    seed: int = flag(0, "seed of those samples")
-
-
-@dataclass
-class Config(Flags):
-    """Flags and the positional arguments."""
-
-    runs: tuple[str, ...] = ()  # directories or hub ids
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.keep_correct is not None and (len(self.runs) > 1 or self.samples < 1):
-            raise InputError("--keep-correct FILE takes one run and --samples of 1 or more")
-        if self.keep_correct is None and (self.limit or self.data):
-            raise InputError("--limit and --data are for --keep-correct; here take --test-limit and --test-data")
+from model import Decoder, load, named_in_errors, rank, write_json
+from reward import InputError, Problem, make_target
+from rollout import (
+    MAX_SEED,
+    OUTCOMES,
+    SharedConfig,
+    encode_prompts,
+    fitting,
+    flag,
+    grade,
+    load_split,
+    new_parser,
+    prompt_seeds,
+    run_script,
+    sample,
+)
 
 
-def main(config: Config) -> list[dict]:
-    """Evaluate every run, write its evaluation.json, print one table; compare groups of runs."""
-    flags, places, results = [replace(config) for _ in config.runs], [config.out], []
-    for run, one in zip(config.runs, flags, strict=True):
-        one.as_trained(run)  # refuses a wrong name now, not after an hour
-        ours = (Path(run) / "run.json").exists() and os.access(run, os.W_OK)  # no other model's folder is written to
-        places.append(run if ours else Path(config.out) / f"evaluation-{run.strip('./').replace('/', '-')}")
-    if config.keep_correct is not None:
-        return [keep_correct(load(config.runs[0], config.device, config.dtype), flags[0])]
-    out, *places = map(make_folder, places)
-    for run, one, place in zip(config.runs, flags, places, strict=True):
-        problems = load_problems(one.task, "test", one.test_data, one.test_limit, one.engine)
-        results.append(evaluate(load(run, one.device, one.dtype), problems, one, one.samples, one.seed, place))
-    if rank() == 0:
-        print_table([{"run": run, **result} for run, result in zip(config.runs, results, strict=True)])
-        compare_groups(out, config.runs, results)
-    return results
+def evaluate(
+    model: Decoder,
+    problems: list[Problem],
+    config: SharedConfig,
+    samples: int = 0,
+    seed: int = 0,
+    out: Path | None = None,
+) -> dict:
+    """Greedy accuracy, and maj@k and pass@k from `samples` completions a problem.
 
-
-def evaluate(model: Decoder, problems: list[Problem], config: SharedConfig, samples=0, seed=0, out=None) -> dict:
-    """Greedy accuracy, maj@k and pass@k from `samples` completions. out: for them and for a line a completion."""
-    prompts, sampling = encode_prompts(problems, model, config, config.max_new_tokens), config.sampling(model)
-    rollout = sample(model, prompts, temperature=0, **sampling)
+    out: the folder for evaluation.json and, with a line a completion, evaluation.jsonl.
+    """
+    prompts = encode_prompts(problems, model, config)
+    fitting(prompts, model, config.max_new_tokens, is_training=False)
+    rollout = sample(model, prompts, temperature=0, **config.sampling(model))
     grades = grade(rollout, problems, model, config)
+    right = grades.outcomes.count("right")
     shares = {name: grades.outcomes.count(name) / len(problems) for name in OUTCOMES}
     result = {
         "task": config.task,
         "problems": len(problems),
-        "greedy_accuracy": shares["right"],
-        "greedy_interval": wilson(grades.outcomes.count("right"), len(problems)),
+        "greedy_accuracy": right / len(problems),
+        "greedy_interval": wilson(right, len(problems)),
         "greedy_length": (rollout.lengths - rollout.prompt_lens).double().mean().item(),
         "greedy_outcomes": {name: share for name, share in shares.items() if share},
     }
-    lines = list(readable(problems, grades, 0))
+    lines = list(completion_lines(problems, grades, temperature=0))
     if samples:
-        grades = grade(sample(model, prompts, num_samples=samples, seed=seed, **sampling), problems, model, config)
-        lines += readable(problems, grades, 1)
-        right = [outcome == "right" for outcome in grades.outcomes]
-        spans = [slice(i, i + samples) for i in range(0, len(right), samples)]  # the samples of each problem
-        of_problem = [(grades.answers[span], right[span]) for span in spans]
-        for k in sorted({2**i for i in range(samples.bit_length())} | {samples}):  # 1, 2, 4, ... and all
-            blocks = range(0, samples - k + 1, k)  # each of them votes: maj@1 is pass@1
-            votes = [majority_is_right(a[i : i + k], r[i : i + k]) for a, r in of_problem for i in blocks]
-            result[f"maj@{k}"] = sum(votes) / len(votes)
-            result[f"pass@{k}"] = sum(pass_at_k(samples, sum(r), k) for _, r in of_problem) / len(of_problem)
+        sampling = config.sampling(model)
+        rollout = sample(model, prompts, num_samples=samples, seed=seed, **sampling)
+        grades = grade(rollout, problems, model, config)
+        lines += completion_lines(problems, grades, temperature=1)
+        result.update(sampled_accuracy(grades, samples))
     if out is not None and rank() == 0:
         try:
-            (Path(out) / "evaluation.jsonl").write_text("\n".join([*map(json.dumps, lines), ""]))
-            write_json(Path(out) / "evaluation.json", result)
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (out / "evaluation.jsonl").write_text(text)
+            write_json(out / "evaluation.json", result)
         except OSError as error:  # the numbers are not lost with it
             print(f"warning: {out}: the evaluation cannot be written ({error.strerror})")
     return result
 
 
-def readable(problems: list[Problem], grades: Grades, temperature: int) -> Iterator[dict]:
-    """A line of evaluation.jsonl for each completion."""
-    for n, (text, answer, outcome) in enumerate(zip(*grades[:3], strict=True)):
-        problem = problems[n * len(problems) // len(grades.texts)]
-        of_problem = {"question": problem.question, "gold": problem.answer, "temperature": temperature}
-        yield of_problem | {"completion": text, "answer": answer, "outcome": outcome}
+def sampled_accuracy(grades, samples):
+    """maj@k and pass@k for k = 1, 2, 4, ... and all samples; rows are ordered by problem."""
+    sizes = {2**i for i in range(samples.bit_length())} | {samples}
+    is_right = [outcome == "right" for outcome in grades.outcomes]
+    result = {}
+    for k in sorted(sizes):
+        votes, passes = [], []
+        for start in range(0, len(is_right), samples):
+            for block in range(start, start + samples - k + 1, k):
+                answers = grades.answers[block : block + k]
+                votes.append(majority_is_right(answers, is_right[block : block + k]))
+            passes.append(pass_at_k(samples, sum(is_right[start : start + samples]), k))
+        result[f"maj@{k}"] = sum(votes) / len(votes)
+        result[f"pass@{k}"] = sum(passes) / len(passes)
+    return result
 
 
-def majority_is_right(answers: list[str | None], right: list[bool]) -> bool:
-    """maj@k: is the most frequent answer right? Completions without an answer do not vote; the first of equals wins."""
+def majority_is_right(answers: list[str | None], is_right: list[bool]) -> bool:
+    """maj@k: whether the most frequent answer is right."""
     votes = Counter(answer for answer in answers if answer is not None)
-    return bool(votes) and right[answers.index(votes.most_common(1)[0][0])]
+    if not votes:
+        return False
+    winner = votes.most_common(1)[0][0]
+    return is_right[answers.index(winner)]
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The chance that k of n samples hold a right one: 1 - C(n-c, k) / C(n, k), unbiased (arXiv 2107.03374, eq. 1)."""
+    """The chance that k of n samples hold a right one: 1 - C(n-c, k) / C(n, k).
+
+    Unbiased (arXiv 2107.03374, eq. 1).
+    """
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
     """95% interval of a share (Wilson 1927): it stays inside [0, 1] and is right near its ends."""
     z, p = 1.96, successes / trials
-    centre, spread = p + z * z / (2 * trials), z * math.sqrt(p * (1 - p) / trials + (z / trials) ** 2 / 4)
-    return max(0.0, (centre - spread) / (1 + z * z / trials)), min(1.0, (centre + spread) / (1 + z * z / trials))
+    centre = p + z**2 / (2 * trials)
+    spread = z * math.sqrt(p * (1 - p) / trials + (z / (2 * trials)) ** 2)
+    scale = 1 + z**2 / trials
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def completion_lines(problems, grades, temperature):
+    """A line of evaluation.jsonl for each completion."""
+    samples = len(grades.texts) // len(problems)
+    for n, text in enumerate(grades.texts):
+        problem = problems[n // samples]
+        yield {
+            "question": problem.question,
+            "gold": problem.answer,
+            "temperature": temperature,
+            "completion": text,
+            "answer": grades.answers[n],
+            "outcome": grades.outcomes[n],
+        }
+
+
+# ---- the script ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Flags:
+    """Flags of evaluate.py itself."""
+
+    samples: int = flag(0, "also sample so many completions a problem, for maj@k and pass@k", low=0)
+    out: str = flag("runs", "folder for evaluations of models whose own folder is no run")
+    seed: int = flag(0, "seed of the samples", low=0, high=MAX_SEED)
+    keep_correct: str | None = flag(
+        None, "FILE: write right completions of the training problems to it instead"
+    )
+    kept_samples: int = flag(10, "at most so many of them a problem (ReFT: 10)", low=1)
+    data: str | None = flag(None, "training problems of --keep-correct (default: the run's)")
+    limit: int | None = flag(None, "use only the first so many of them", low=1)
+
+
+@dataclass
+class ParsedFlags(SharedConfig, Flags):
+    """What the parser fills in; each run is asked for what it was trained on."""
+
+    takes_one_model = False
+
+
+@dataclass
+class Config(ParsedFlags):
+    """The flags and the positional arguments."""
+
+    runs: tuple[str, ...] = ()  # directories or hub ids
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.keep_correct is None and (self.limit or self.data):
+            raise InputError("--limit and --data are for --keep-correct; take --test-limit")
+        if self.keep_correct is not None and (len(self.runs) > 1 or not self.samples):
+            raise InputError("--keep-correct FILE takes one run and --samples of 1 or more")
+
+
+def main(config: Config) -> list[dict]:
+    """Evaluate every run, write its evaluation.json, print one table."""
+    configs = [replace(config) for _ in config.runs]
+    for run, run_config in zip(config.runs, configs, strict=True):
+        run_config.inherit(run)  # refuses a wrong name now, not after an hour
+    if config.keep_correct is not None:
+        model = load(config.runs[0], config.device, config.dtype)
+        return [keep_correct(model, configs[0])]
+    folders = [evaluation_folder(run, config) for run in config.runs]
+    if len(set(folders)) < len(folders):
+        raise InputError("two of the runs would write to the same folder; take them by turns")
+    folders = [make_folder(folder) for folder in folders]
+    rows = []
+    for run, run_config, folder in zip(config.runs, configs, folders, strict=True):
+        problems = load_split(run_config, "test")
+        model = load(run, config.device, config.dtype)
+        result = evaluate(model, problems, run_config, config.samples, config.seed, folder)
+        rows.append({"run": run, **result})
+    if rank() == 0:
+        print_table(rows)
+    return rows
+
+
+def evaluation_folder(run, config):
+    """A run's own folder; no other model's folder is written to."""
+    if (Path(run) / "run.json").exists() and os.access(run, os.W_OK):
+        return Path(run)
+    return Path(config.out) / f"evaluation-{run.strip('./').replace('/', '-')}"
 
 
 def keep_correct(model: Decoder, config: Config) -> dict[str, int]:
-    """Offline self-training (ReFT, section 4.2): right completions of the training problems, rows in ReFT's schema.
+    """Offline self-training (ReFT, section 4.2): right completions of the training problems.
 
-    Equal ones are kept once, and only what warm-up would learn as it stands: a box, ReFT's last line, or a program.
+    Of each problem at most --kept-samples different ones, drawn at random, and only what warm-up
+    learns as it stands (a box, ReFT's last line, or a program); and the annotated one, if it is not
+    among them. Rows have ReFT's fields.
     """
-    if config.data and Path(config.data).resolve() == Path(config.keep_correct).resolve():
-        raise InputError(f"--keep-correct is {config.keep_correct}, it must be another file than --data")
-    problems = load_problems(config.task, "train", config.data, config.limit, config.engine)
-    prompts, sampling = encode_prompts(problems, model, config, config.max_new_tokens), config.sampling(model)
-    seeds, size = prompt_seeds(config.seed, len(problems)), max(1, config.max_rows // config.samples)
-    file, counts = Path(config.keep_correct), Counter()
-    new = make_folder(file.parent) / f".{file.name}.{rank()}"  # each process writes all of it, the first one's is kept
-    with new.open("w", encoding="utf-8") as lines:
-        for first in tqdm(range(0, len(problems), size), "keep correct", unit="batch", disable=rank() > 0):
-            part = slice(first, first + size)
-            rollout = sample(model, prompts[part], num_samples=config.samples, seed=seeds[part], **sampling)
-            grades = grade(rollout, problems[part], model, config)
-            right = [n for n, outcome in enumerate(grades.outcomes) if outcome == "right"]
-            counts.update(sampled=len(grades.texts), right=len(right))
-            for i, text in dict.fromkeys((first + n // config.samples, grades.texts[n]) for n in right):
-                if make_target(replace(problems[i], cot=text), config.engine) == text:
-                    counts["kept"] += 1
-                    row = {"item_id": f"{config.task}_{i}", "question": problems[i].question, "answer_cot": text}
-                    lines.write(json.dumps(row | {"answer_value": problems[i].answer}) + "\n")
-    os.replace(new, file) if rank() == 0 else new.unlink()
-    print(f"{file}: {counts['right']} of {counts['sampled']} completions are right, {counts['kept']} of them kept")
+    file = Path(config.keep_correct)
+    if config.data and Path(config.data).resolve() == file.resolve():
+        raise InputError(f"--keep-correct is {file}, it must be another file than --data")
+    problems = load_split(config, "train")
+    prompts = encode_prompts(problems, model, config)
+    kept = fitting(prompts, model, config.max_new_tokens, is_training=True)
+    seeds = prompt_seeds(config.seed, len(problems))
+    size = max(1, config.max_rows // config.samples)
+    counts = Counter()
+    new = make_folder(file.parent) / f".{file.name}.new"
+    with open(new if rank() == 0 else os.devnull, "w", encoding="utf-8") as lines:
+        starts = range(0, len(kept), size)
+        for start in tqdm(starts, "keep correct", unit="batch", disable=rank() > 0):
+            indices = kept[start : start + size]
+            part = [problems[i] for i in indices]
+            rollout = sample(
+                model,
+                [prompts[i] for i in indices],
+                num_samples=config.samples,
+                seed=[seeds[i] for i in indices],
+                **config.sampling(model),
+            )
+            grades = grade(rollout, part, model, config)
+            counts["sampled"] += len(grades.texts)
+            counts["right"] += grades.outcomes.count("right")
+            for n, i in enumerate(indices):
+                own = slice(n * config.samples, (n + 1) * config.samples)
+                texts = kept_texts(problems[i], grades.texts[own], grades.outcomes[own], config)
+                counts["kept"] += len(texts)
+                for text in texts:
+                    row = {
+                        "item_id": f"{config.task}_{i}",
+                        "question": problems[i].question,
+                        "answer_cot": text,
+                        "answer_value": problems[i].answer,
+                    }
+                    lines.write(json.dumps(row) + "\n")
+    if rank() == 0:
+        os.replace(new, file)
+    shares = f"{counts['right']} of {counts['sampled']} completions are right"
+    print(f"{file}: {shares}, {counts['kept']} are kept, the annotated ones among them")
     return dict(counts)
 
 
-# ---- groups of runs, tables, figures --------------------------------------------------------------------------------
+def kept_texts(problem, texts, outcomes, config):
+    """Different right completions that warm-up would learn as they stand, and the annotated one."""
+    right = [text for text, outcome in zip(texts, outcomes, strict=True) if outcome == "right"]
+    whole = [
+        text
+        for text in dict.fromkeys(right)
+        if make_target(replace(problem, cot=text), config.engine) == text
+    ]
+    kept = whole[: config.kept_samples]  # samples come in random order
+    annotated = make_target(problem, config.engine)
+    if problem.cot and annotated not in kept:
+        kept.append(annotated)
+    return kept
 
-# they change nothing beyond rounding: a run may be resumed with other values of them
-FREE = {"out", "model", "resume", "device", "save_every", "eval_every", "micro_batch", "max_rows"}
-FREE |= {"gradient_checkpointing", "unsafe_exec"}
+
+# ---- tables, figures, folders --------------------------------------------------------------------
 
 
-def read_metrics(run: str | Path) -> list[dict]:
+def print_table(rows):
+    """Rows under the keys of the first one."""
+    table = [[name.replace("_", " ") for name in rows[0]]]
+    table += [[cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        cells = [text.ljust(width) for text, width in zip(line, widths, strict=True)]
+        print("  ".join(cells).rstrip())
+
+
+def cell(value):
+    """A number with three decimals, an interval, or shares with their names."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {cell(share)}" for name, share in value.items())
+    if isinstance(value, tuple):
+        return "-".join(map(cell, value))
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def read_metrics(run):
     """The records of a run's metrics.jsonl; none where there is no such file."""
     file = Path(run) / "metrics.jsonl"
     with named_in_errors(file):
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be half written
+        # The last line may be half written.
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def settings(run: str | Path) -> dict[str, str]:
-    """The flags in run.json and, as "warm-up ...", those of the run that it started from."""
-    file = Path(run) / "run.json"
-    flags = read_json(file) if file.exists() else {}
-    folders = [Path(), *Path(run).resolve().parents] if flags.get("model") else []  # wherever evaluate.py is started
-    files = [file for folder in folders if (file := folder / flags["model"] / "run.json").exists()]
-    warm_up = read_json(files[0]) if files else {"from": flags.get("model", str(run))}
-    flags |= {f"warm-up {name}": value for name, value in warm_up.items() if name not in FREE - {"model"} | {"seed"}}
-    return {name: str(value) for name, value in flags.items() if name not in FREE | {"seed"}}
-
-
-def compare_groups(out: Path, runs: tuple[str, ...], results: list[dict]):
-    """Runs that differ in their seed alone make one group; of several groups: a table, study.json, study.png."""
-    flags = [settings(run) for run in runs]
-    varied = sorted({name for one in flags for name in one if len({other.get(name) for other in flags}) > 1})
-    groups: dict[tuple[str, ...], dict[str, list]] = {}  # setting -> number -> its value in each run
-    if not 1 < len({tuple(one.get(name) for name in varied) for one in flags}) < len(runs):
-        return
-    figure, (panel,) = new_figure(1, 9.0, 4.0)
-    for run, one, result in zip(runs, flags, results, strict=True):
-        setting, records = tuple(one.get(name, "-") for name in varied), read_metrics(run)
-        numbers = {name: value for name, value in result.items() if name == "greedy_accuracy" or "@" in name}
-        numbers |= {"seconds": records[-1]["seconds"] if records else None}
-        kl = [record["kl_behav"] for record in records if record.get("kl_behav") is not None]
-        numbers |= {"kl_behav": statistics.mean(kl) if kl else None}
-        points = [(r["seconds"], r["greedy_accuracy"]) for r in records if "greedy_accuracy" in r]
-        colour = f"C{[*groups, setting].index(setting)}"  # a line a run, a colour a group
-        label = None if setting in groups else ", ".join(setting)
-        panel.plot(*np.reshape(points, (-1, 2)).T, ".-", color=colour, label=label)
-        for name, value in numbers.items():
-            groups.setdefault(setting, {}).setdefault(name, []).append(value)
-    rows = [dict(zip(varied, setting, strict=True)) | numbers for setting, numbers in sorted(groups.items())]
-    print_table(rows)
-    write_json(out / "study.json", rows)
-    panel.set(xlabel="seconds of training", ylabel="greedy accuracy", ylim=(None, 1.02))
-    panel.legend(title=", ".join(varied).replace("_", " "), loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(out / "study.png", dpi=110)
-    print(f"figure: {out / 'study.png'}")
-
-
-def print_table(rows: list[dict]):
-    """Rows under the keys of the first one; of a list, mean ± standard deviation (of how many: None does not count)."""
-
-    def cell(value) -> str:
-        if isinstance(value, list):
-            known = [x for x in value if x is not None]
-            deviation = f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""
-            return f"{statistics.mean(known):.3f}{deviation} ({len(known)})" if known else "-"
-        if isinstance(value, dict):
-            return ", ".join(f"{name} {cell(share)}" for name, share in value.items())
-        if isinstance(value, tuple):
-            return "-".join(map(cell, value))
-        return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    table = [[name.replace("_", " ") for name in rows[0]], *([cell(row[name]) for name in rows[0]] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
-
-
-def make_folder(name: str | Path) -> Path:
-    """A folder to write to, made and tried out before any work goes into what it is to hold: a file moves over another."""
-    try:
-        Path(name).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=name) as folder:
-            for _ in range(2):  # the second one takes the place of the first
-                write_json(Path(folder) / "probe.json", {})
-    except OSError as error:
-        raise InputError(f"{name}: cannot be written ({error.strerror}); name another folder") from error
-    return Path(name)
-
-
-def new_figure(panels: int, width: float = 4.0, height: float = 2.6):
-    """Panels in rows of three, drawn into a file; needs no screen."""
+def draw_curves(run, names):
+    """curves.png of a training run: one panel a metric over the steps."""
     from matplotlib.figure import Figure  # half a second that a run without a figure does not pay
 
-    columns, rows = min(panels, 3), -(-panels // 3)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    return figure, [figure.add_subplot(rows, columns, 1 + i) for i in range(panels)]
-
-
-def draw_curves(run: Path, keys: tuple[str, ...]):
-    """curves.png of a training run: one panel a metric over the steps."""
     records = read_metrics(run)
-    keys = [key for key in keys if any(record.get(key) is not None for record in records)]
-    figure, panels = new_figure(len(keys))
-    for panel, key in zip(panels, keys, strict=True):
-        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
-        panel.plot(*zip(*points, strict=True), marker="." if len(points) < 100 else "")
-        panel.set(xlabel="step", title=key.replace("_", " "))
+    figure = Figure(figsize=(4 * len(names), 2.6), layout="constrained")
+    for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+        panel.plot(*np.reshape(points, (-1, 2)).T, ".-")
+        panel.set(xlabel="step", title=name.replace("_", " "))
     figure.savefig(run / "curves.png", dpi=110)
     print(f"figure: {run / 'curves.png'}")
 
 
+def make_folder(name):
+    """A folder to write to, made and tried out before any work goes into what it is to hold."""
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=name) as folder:
+            for _ in range(2):  # the second file takes the place of the first
+                write_json(Path(folder) / "probe.json", {})
+    except OSError as error:
+        raise InputError(f"{name}: cannot be written ({error.strerror}); name another") from error
+    return Path(name)
+
+
 if __name__ == "__main__":
-    parser = HfArgumentParser(Flags, allow_abbrev=False)
+    parser = new_parser(ParsedFlags)
     parser.add_argument("runs", nargs="+", help="directories or hub ids of checkpoints")
     run_script(main, Config, parser)

@@ -1,20 +1,26 @@
-"""Stage 2a: sample completions from the nested behavior model mu, eq. (2).
+"""Stage 2a: sample completions from the nested behavior model mu, eq. (2), and grade them, eq. (3).
 
-mu is the policy with the layers of `skip` left out, in prefill and in decode alike, so that log mu of a finished completion
-equals one masked forward pass over it. One row of a Rollout, a prompt of 3 tokens and a completion of 2 tokens and EOS:
+mu is the policy with the layers of `skip` left out, in prefill and in decode alike. So log mu of a
+finished completion equals one masked forward pass over it. A row of a Rollout, and what rl.py makes
+of it, for a prompt of 3 tokens and a completion of 2 tokens and EOS:
 
-    column               0    1    2    3    4    5    6    7
-    tokens      (N, T)   x0   x1   x2   a0   a1  EOS  pad  pad      prompt_lens = 3, lengths = 6
-    action_mask (N, T-1)  .    .    T    T    T    .    .           True at column t: token t+1 was sampled, EOS too
-    logp_behav  (N, T-1)  0    0   mu(a0) mu(a1) mu(EOS)  0    0    log mu(a_t | s_t), recorded while sampling
+    column                0    1    2    3    4    5    6    7
+    tokens       (N, T)   x0   x1   x2   a0   a1   EOS  pad  pad    prompt_lens = 3, lengths = 6
+    action_mask  (N, T-1) .    .    T    T    T    .    .           True at column t: token t+1 was
+                                                                    sampled, EOS included
+    logp_behav   (N, T-1) 0    0    l0   l1   l2   0    0           l_t = log mu(a_t | s_t)
+    values       (N, T-1)           V0   V1   V2                    V_phi(s_t), before a_t is chosen
+    rewards      (N, T-1)           k0   k1   k2+r                  eq. (4): k_t the KL penalty
+    advantages   (N, T-1)           A0   A1   A2                    eq. (6), and R_t of eq. (7)
 """
 
+import argparse
 import os
 import re
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from math import inf, isfinite
+import sys
+from dataclasses import dataclass, field, fields
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -26,15 +32,32 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from model import MEASURED, Decoder, check_checkpoint, gather, gathered, load, nested_kl, process_group, rank
-from model import read_json, sample_skip, total, world_size
-from reward import TASKS, TOY_STEPS, InputError, Problem, extract_answer, load_problems, make_prompt, score
-from sandbox import execute, score_result
+from model import (
+    Decoder,
+    all_gather,
+    all_reduce,
+    check_checkpoint,
+    process_group,
+    rank,
+    read_json,
+    unsharded,
+    world_size,
+)
+from reward import (
+    TASKS,
+    TOY_STEPS,
+    InputError,
+    Problem,
+    judge,
+    load_problems,
+    make_prompt,
+)
+from sandbox import execute, judge_result
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Completions of one batch; rows are ordered prompt by prompt. See the picture at the top of this file."""
+    """Completions of one batch, ordered prompt by prompt; drawn at the top of this file."""
 
     tokens: Tensor  # (N, T) int64: prompt, completion, padding
     prompt_lens: Tensor  # (N,) int64
@@ -45,39 +68,36 @@ class Rollout:
     skip: Tensor | None  # (num_layers,) bool: the mask of mu
 
     def pairs(self) -> list[tuple[list[int], list[int]]]:
-        """The N (prompt, completion) pairs, EOS included."""
-        spans = zip(self.tokens.tolist(), self.prompt_lens.tolist(), self.lengths.tolist(), strict=True)
+        """The N (prompt, completion) pairs of token ids, EOS included."""
+        spans = zip(
+            self.tokens.tolist(), self.prompt_lens.tolist(), self.lengths.tolist(), strict=True
+        )
         return [(row[:start], row[start:end]) for row, start, end in spans]
 
 
 def token_logp(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log pi(a | s) = logit[a] - logsumexp(logits). logits: (..., vocab), at least fp32; tokens: (...)."""
+    """log pi(a | s) = logit[a] - logsumexp(logits); logits: (..., vocab), tokens: (...)."""
     return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token a row and its log-probability from the full softmax: no top-k, no top-p, or mu would lose support.
+    """One token a row and its log-probability; logits: (R, vocab), uniform: (R,) in [0, 1).
 
-    logits: (R, vocab); uniform: (R,) float64 in [0, 1). Temperature 0 is greedy, its log-probability that at 1.
+    From the full softmax: with top-k or top-p mu would lose support, and no ratio could correct it.
+    Temperature 0 is greedy; its log-probability is that at temperature 1.
     """
-    probs = (logits / temperature if temperature not in (0, 1) else logits).softmax(-1)  # (R, vocab)
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    probs = logits.softmax(-1)  # (R, vocab)
     if temperature == 0:
         tokens = logits.argmax(-1)  # (R,)
     else:
-        cdf = probs.cumsum(-1, dtype=torch.float64)  # (R, vocab); in fp32 rounding would move the borders
-        tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).squeeze(-1)  # (R,)
+        # Invert the CDF at the uniform number; in fp32 rounding would move the borders.
+        cdf = probs.cumsum(-1, dtype=torch.float64)  # (R, vocab)
+        point = uniform * cdf[:, -1]  # (R,)
+        tokens = torch.searchsorted(cdf, point[:, None], right=True).squeeze(-1)  # (R,)
         tokens = tokens.clamp(max=logits.shape[-1] - 1)  # rounding, or nan, may point past the last
     return tokens, probs.gather(-1, tokens[:, None]).squeeze(-1).log()
-
-
-def prompt_seeds(seed: int, count: int) -> list[int]:
-    """One seed a prompt, so that a prompt keeps its noise when the batch is split among calls or processes."""
-    return np.random.SeedSequence(seed).generate_state(count, np.uint64).tolist()
-
-
-OUTCOMES = ("right", "wrong", "no_answer", "cut", "error", "timeout", "killed")  # the last three: programs only
-PREFILL = 32  # prompts of one prefill; sorted by length, they have little padding among them
-LOOK_EVERY = {"cuda": 16}  # steps between looks for ended rows; each makes the host wait for a GPU. Elsewhere: 1
 
 
 def sample(
@@ -93,105 +113,187 @@ def sample(
     seed: int | list[int] = 0,
     max_rows: int | None = None,
 ) -> Rollout:
-    """Complete every prompt `num_samples` times with the layers of `skip` left out: a_t ~ mu(. | s_t), eq. (2).
+    """Complete every prompt `num_samples` times under mu: a_t ~ mu(. | s_t), eq. (2).
 
-    prompts: lists of token ids. eos_id: one id, several, or [] for none. temperature 0 is greedy. seed: one int, or one a
-    prompt. max_rows: at most so many rows run at a time (memory); when some have ended, waiting ones take their place.
-    The noise is one uniform number per (seed, prompt, sample, position), so the completions depend neither on max_rows nor
-    on a row's neighbours, nor on the number of processes, which share out the rows.
+    prompts: lists of token ids. eos_id: one id, several, or [] for none. skip: (num_layers,) bool.
+    seed: one int, or one a prompt. max_rows: so many rows run at a time, which bounds the memory.
+    The noise is one uniform number per (seed, prompt, sample, position). So completions depend
+    neither on max_rows, nor on a row's neighbours, nor on how many processes share the rows.
     """
-    device, longest = model.embed.weight.device, max(map(len, prompts), default=0)
-    if not longest or not all(prompts):
-        raise ValueError("sample() needs at least one prompt, and no empty one")
-    if longest + max_new_tokens > model.config.max_positions:
-        raise ValueError(f"{longest} prompt tokens + {max_new_tokens} new ones > context {model.config.max_positions}")
-    seeds = prompt_seeds(seed, len(prompts)) if isinstance(seed, int) else seed
-    eos = torch.tensor([eos_id] if isinstance(eos_id, int) else eos_id, dtype=torch.int64)
-    is_eos = torch.isin(torch.arange(model.config.vocab_size), eos).to(device)  # (vocab,)
-
-    # 1. rows: what row n says stands in tokens[n, :lengths[n]]; row N and column T are for what nobody reads
-    N, T = len(prompts) * num_samples, longest + max_new_tokens
-    rows = [torch.tensor(prompt) for prompt in prompts for _ in range(num_samples)]
-    tokens = pad_sequence([*rows, torch.tensor([pad_id])], batch_first=True, padding_value=pad_id)  # (N + 1, longest)
-    tokens = F.pad(tokens, (0, max_new_tokens + 1), value=pad_id).to(device)  # (N + 1, T + 1)
-    prompt_lens = torch.tensor([*map(len, rows), 1], device=device)
-    noise = torch.zeros(N + 1, T + 1, dtype=torch.float64)
-    for n in range(N if temperature > 0 else 0):
-        rng = np.random.default_rng((seeds[n // num_samples], n % num_samples))
-        noise[n, len(rows[n]) :][:max_new_tokens] = torch.from_numpy(rng.random(max_new_tokens))
-    noise, exact = noise.to(device), torch.promote_types(model.embed.weight.dtype, torch.float32)
-    logp_behav = torch.zeros(N + 1, T + 1, dtype=exact, device=device)
-    lengths, done = prompt_lens.clone(), torch.zeros(N + 1, dtype=torch.bool, device=device)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # short ones first
-    waiting = [i * num_samples + j for i in order[rank() :: world_size()] for j in range(num_samples)]
-
-    # 2. slots: the first R of them are at work, each on the row that `row` says; its keys and values are in `cache`
-    slots, R, every = min(max_rows or N, N), 0, LOOK_EVERY.get(device.type, 1)
-    row, skipped = torch.full((slots,), N, device=device), None if skip is None else skip.cpu()
-
-    def emit(hidden: Tensor, row: Tensor):
-        """Draw the next token of some rows, (R,); hidden: (R, d) at their last tokens. Rows that are done stay."""
-        cell = row, lengths[row]
-        action, logp = draw(model.logits(hidden), noise[cell], temperature)
-        tokens[cell], logp_behav[cell] = action, logp
-        lengths[row] += ~done[row]
-        done[row] |= is_eos[action] | (lengths[row] == prompt_lens[row] + max_new_tokens)
-
-    def step(rows: int, width: int):
-        """A token for each of the first `rows` slots. It reads no value back, so that a CUDA graph can hold it."""
-        last = lengths[row[:rows], None] - 1  # (rows, 1)
-        hidden = model(tokens[row[:rows, None], last], skipped, cache[:, :, :rows, :, :width], last)  # (rows, 1, d)
-        emit(hidden[:, 0], row[:rows])
-
-    def admit(new: list[int]):
-        """Rows take the next slots: a prompt runs once for those of its samples, its keys and values are copied."""
-        unique, copies = torch.tensor([n // num_samples for n in new], device=device).unique(return_inverse=True)
-        new = torch.tensor(new, device=device)
-        row[R : R + len(new)] = new
-        width = int(prompt_lens[new].max())
-        prompt_cache = model.new_cache(len(unique), width, skipped)
-        hidden = model(tokens[unique * num_samples, :width], skipped, prompt_cache)  # (unique, width, d)
-        cache[:, :, R : R + len(new), :, :width] = prompt_cache[:, :, copies]
-        emit(hidden[copies, prompt_lens[new] - 1], new)
-
-    # 3. decode; whoever has ended makes place for who waits
-    decode = graphed(step) if device.type == "cuda" else step
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=model.autocast)  # casts the weights once for all
-    bar = tqdm(total=len(waiting), desc="sample", leave=False, delay=10, disable=rank() > 0)  # shown after 10 seconds
-    with gathered(model), torch.inference_mode(), autocast, bar:
-        cache = model.new_cache(slots, T, skipped)
-        while waiting or R:
-            while waiting and R <= 0.875 * slots:  # not for each slot that falls free: a prefill of few rows is slow
-                count = min(slots - R, PREFILL * num_samples, len(waiting))
-                admit(waiting[:count])
-                R, waiting = R + count, waiting[count:]
-            ended = done[row[:R]]
-            if ended.any():  # the last slots move into the holes
-                stay = int((~ended).sum())
-                holes, movers = ended[:stay].nonzero()[:, 0], stay + (~ended[stay:]).nonzero()[:, 0]
-                row[holes], cache[:, :, holes] = row[movers], cache[:, :, movers]
-                bar.update(R - stay)
-                row[stay:R], R = N, stay
-            if R:  # on a GPU in few sizes, for each of which a graph is captured
-                size = (min(slots, 1 << (R - 1).bit_length()), T) if every > 1 else (R, int(lengths[row[:R]].max()))
-                for _ in range(every):
-                    decode(*size)
-
-    # 4. every process has filled in its rows
-    mine = done[:N, None]
-    tokens, logp_behav = total(tokens[:N] * mine), total(logp_behav[:N] * mine)
-    lengths = total(lengths[:N] * mine[:, 0])
-    finished = is_eos[tokens.gather(1, lengths[:, None] - 1)][:, 0]
-    column = torch.arange(int(lengths.max()), device=device)  # (T,) from here on
-    action_mask = ((column >= prompt_lens[:N, None]) & (column < lengths[:, None]))[:, 1:]  # by length, never by id
-    tokens = tokens[:, : len(column)].masked_fill(column >= lengths[:, None], pad_id)
-    logp_behav = logp_behav[:, 1 : len(column)].masked_fill(~action_mask, 0)  # column t speaks of the token at t + 1
-    return Rollout(tokens, prompt_lens[:N], lengths, action_mask, logp_behav, finished, skip)
+    device = model.embed.weight.device
+    # One autocast block around the loop keeps the bf16 copies of the weights from step to step.
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=model.autocast)
+    with unsharded(model), autocast:
+        sampler = Sampler(
+            model, prompts, max_new_tokens, eos_id, pad_id, num_samples, temperature, skip, seed,
+            max_rows,
+        )  # fmt: skip
+        with torch.inference_mode(), sampler.bar:
+            while sampler.waiting or sampler.live:
+                sampler.admit()  # waiting rows take free slots: prefill, and their first token
+                sampler.step()  # one more token for every live row
+                sampler.retire()  # rows that have ended give their slots back
+    return sampler.rollout()
 
 
-def graphed(step: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    """`step` as a CUDA graph for each size: one launch in place of hundreds. A graph keeps the addresses of its tensors."""
-    graphs, pool = {}, torch.cuda.graph_pool_handle()  # one pool: nothing in it is needed after a replay
+# ---- the engine of `sample` ----------------------------------------------------------------------
+
+PREFILL = 32  # prompts of one prefill
+REFILL = 7 / 8  # rows are admitted when an eighth of the slots is free: a small prefill is slow
+LOOK_EVERY = 16  # steps on a GPU between looks for ended rows, each of which waits for the GPU
+
+
+class Sampler:
+    """The N rows of a batch, and slots for those at work.
+
+    Row n is sample n % num_samples of prompt n // num_samples.
+
+    There is one row and one column more than the rollout has. Idle slots point at row N. A row that
+    has ended goes on writing behind its end, in column T at most, until it is retired.
+    """
+
+    def __init__(
+        self, model, prompts, max_new_tokens, eos_id, pad_id, num_samples, temperature, skip, seed,
+        max_rows,
+    ):  # fmt: skip
+        longest = max(map(len, prompts), default=0)
+        if not longest or not all(prompts):
+            raise ValueError("sample() needs at least one prompt, and no empty one")
+        if longest + max_new_tokens > model.config.max_positions:
+            length = f"{longest} prompt tokens + {max_new_tokens} new ones"
+            raise ValueError(f"{length} > context {model.config.max_positions}")
+        self.model, self.temperature, self.pad_id = model, temperature, pad_id
+        self.num_samples, self.mask = num_samples, skip
+        self.skip = None if skip is None else skip.cpu()  # is read on the host
+        self.device = device = model.embed.weight.device
+
+        # Rows: what each says so far, which token is EOS, and the noise that draws the tokens.
+        rows = [torch.tensor(prompt) for prompt in prompts for _ in range(num_samples)]
+        N, T = len(rows), longest + max_new_tokens
+        rows.append(torch.tensor([pad_id]))  # row N
+        tokens = pad_sequence(rows, batch_first=True, padding_value=pad_id)  # (N + 1, longest)
+        tokens = F.pad(tokens, (0, max_new_tokens + 1), value=pad_id)
+        self.tokens = tokens.to(device)  # (N + 1, T + 1)
+        logp_dtype = torch.promote_types(model.embed.weight.dtype, torch.float32)
+        self.logp_behav = torch.zeros(
+            tokens.shape, dtype=logp_dtype, device=device
+        )  # (N + 1, T + 1)
+        self.prompt_lens = torch.tensor([len(row) for row in rows], device=device)  # (N + 1,)
+        self.lengths = self.prompt_lens.clone()  # (N + 1,), grows
+        self.limits = self.prompt_lens + max_new_tokens  # (N + 1,)
+        self.is_done = torch.zeros(N + 1, dtype=torch.bool, device=device)
+        eos = torch.tensor([eos_id] if isinstance(eos_id, int) else eos_id, dtype=torch.int64)
+        self.is_eos = torch.isin(torch.arange(model.config.vocab_size), eos).to(device)  # (vocab,)
+        noise = torch.zeros(tokens.shape, dtype=torch.float64)  # in fp32 tokens would share numbers
+        seeds = prompt_seeds(seed, len(prompts)) if isinstance(seed, int) else seed
+        for n in range(N):
+            rng = np.random.default_rng((seeds[n // num_samples], n % num_samples))
+            start = len(rows[n])
+            noise[n, start : start + max_new_tokens] = torch.tensor(rng.random(max_new_tokens))
+        self.noise = noise.to(device)  # (N + 1, T + 1)
+
+        # Slots: the first `live` ones are at work on rows `slot_rows`; `cache` holds their keys.
+        slots = min(max_rows or N, N)
+        self.live = 0
+        self.slot_rows = torch.full((slots,), N, device=device)  # (slots,)
+        self.cache = model.new_cache(slots, T, self.skip)
+        # Prompts in the order of their lengths have little padding among them in a prefill.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        mine = order[rank() :: world_size()]  # the prompts that this process completes
+        self.waiting = [i * num_samples + j for i in mine for j in range(num_samples)]
+        self.graphed_decode = graphed(self.decode) if device.type == "cuda" else None
+        self.bar = tqdm(
+            total=len(self.waiting), desc="sample", leave=False, delay=10, disable=rank() > 0
+        )
+
+    def emit(self, hidden, n):
+        """Draw the next token of rows n, (R,); hidden: (R, d), at the last token of each."""
+        column = self.lengths[n]  # (R,)
+        action, logp = draw(self.model.logits(hidden), self.noise[n, column], self.temperature)
+        self.tokens[n, column] = action  # a_t ~ mu(. | s_t), eq. (2)
+        self.logp_behav[n, column] = logp  # log mu(a_t | s_t)
+        self.lengths[n] += ~self.is_done[n]  # a row that is done stays as it is
+        self.is_done[n] |= self.is_eos[action] | (self.lengths[n] == self.limits[n])
+
+    def admit(self):
+        """Waiting rows take free slots. A prompt runs once; its keys are copied to its samples."""
+        while self.waiting and self.live <= REFILL * len(self.slot_rows):
+            free = len(self.slot_rows) - self.live
+            count = min(free, PREFILL * self.num_samples, len(self.waiting))
+            n = torch.tensor(self.waiting[:count], device=self.device)  # (count,)
+            prompts, copies = (n // self.num_samples).unique(return_inverse=True)
+            columns = int(self.prompt_lens[n].max())
+            cache = self.model.new_cache(len(prompts), columns, self.skip)
+            tokens = self.tokens[prompts * self.num_samples, :columns]  # (prompts, columns)
+            hidden = self.model(tokens, self.skip, cache)  # (prompts, columns, d)
+            slots = slice(self.live, self.live + count)
+            self.slot_rows[slots] = n
+            self.cache[:, :, slots, :, :columns] = cache[:, :, copies]
+            self.waiting = self.waiting[count:]
+            self.live += count
+            self.emit(hidden[copies, self.prompt_lens[n] - 1], n)
+
+    def step(self):
+        """Decode: on a GPU several times, at few sizes, for each of which a graph is captured."""
+        if self.graphed_decode is None:
+            longest = int(self.lengths[self.slot_rows[: self.live]].max())
+            self.decode(self.live, longest)
+            return
+        power_of_two = 1 << (self.live - 1).bit_length()
+        for _ in range(LOOK_EVERY):
+            self.graphed_decode(min(len(self.slot_rows), power_of_two), self.cache.shape[4])
+
+    def decode(self, slots, columns):
+        """A token for each of the first slots. Reads no value back: a CUDA graph can hold it."""
+        n = self.slot_rows[:slots]  # (slots,)
+        last = self.lengths[n, None] - 1  # (slots, 1)
+        cache = self.cache[:, :, :slots, :, :columns]
+        hidden = self.model(self.tokens[n[:, None], last], self.skip, cache, last)  # (slots, 1, d)
+        self.emit(hidden[:, 0], n)
+
+    def retire(self):
+        """Ended rows leave; the last live slots move into the holes, so the first ones are live."""
+        is_ended = self.is_done[self.slot_rows[: self.live]]  # (live,)
+        stay = self.live - int(is_ended.sum())
+        if stay == self.live:
+            return
+        holes = is_ended[:stay].nonzero()[:, 0]
+        movers = stay + (~is_ended[stay:]).nonzero()[:, 0]
+        self.slot_rows[holes] = self.slot_rows[movers]
+        self.cache[:, :, holes] = self.cache[:, :, movers]
+        self.slot_rows[stay : self.live] = len(self.tokens) - 1  # row N
+        self.bar.update(self.live - stay)
+        self.live = stay
+
+    def rollout(self):
+        """The rollout of all rows; each process has filled in its share of them."""
+        is_mine = self.is_done[:-1]  # (N,): all of ours are done, and none of another process
+        tokens = all_reduce(self.tokens[:-1] * is_mine[:, None])  # (N, T + 1)
+        logp_behav = all_reduce(self.logp_behav[:-1] * is_mine[:, None])  # (N, T + 1)
+        lengths = all_reduce(self.lengths[:-1] * is_mine)  # (N,)
+        prompt_lens = self.prompt_lens[:-1]  # (N,)
+        last = tokens.gather(1, lengths[:, None] - 1)[:, 0]  # (N,)
+        T = int(lengths.max())
+        column = torch.arange(T, device=self.device)  # (T,)
+        is_written = column < lengths[:, None]  # (N, T): by length, never by id
+        action_mask = (is_written & (column >= prompt_lens[:, None]))[:, 1:]  # (N, T-1)
+        logp_behav = logp_behav[:, 1:T].masked_fill(~action_mask, 0)  # (N, T-1)
+        tokens = tokens[:, :T].masked_fill(~is_written, self.pad_id)  # (N, T)
+        finished = self.is_eos[last]  # (N,)
+        return Rollout(tokens, prompt_lens, lengths, action_mask, logp_behav, finished, self.mask)
+
+
+def prompt_seeds(seed, count):
+    """A seed for each prompt, which it keeps when a batch is split among calls or processes."""
+    return np.random.SeedSequence(seed).generate_state(count, np.uint64).tolist()
+
+
+def graphed(decode):
+    """`decode` as a CUDA graph for each size: one launch in place of hundreds.
+
+    A graph keeps the addresses of its tensors, so they are written to and never replaced.
+    """
+    graphs, pool = {}, torch.cuda.graph_pool_handle()  # one pool of memory for all graphs
 
     def replay(*size: int):
         if size in graphs:
@@ -200,273 +302,304 @@ def graphed(step: Callable[[int, int], None]) -> Callable[[int, int], None]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            step(*size)  # warms up, and is the step that was asked for: capturing computes nothing
+            decode(*size)  # warms up, and is the step asked for: capturing computes nothing
         torch.cuda.current_stream().wait_stream(stream)
         graphs[size] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graphs[size], pool=pool):
-            step(*size)
+            decode(*size)
 
     return replay
 
 
-def skip_pool(model: Decoder, count: int, config: "NestedConfig") -> list[int]:
-    """The layers among which eq. (2) draws the `count` that mu leaves out, by --skip-layers.
+# ---- prompts -------------------------------------------------------------------------------------
 
-    inner, the paper: all but the first and the last. cheap, ours: twice as many as are left out, those worth least.
-    """
-    pool = inner = list(range(1, len(model.layers) - 1))
-    if config.skip_layers == "cheap" and count:
-        pool = sorted(inner, key=lambda layer: model.hf_config.layer_kl[layer])[: 2 * count]
-    elif config.skip_layers not in ("cheap", "inner"):
-        pool = [int(layer) for layer in config.skip_layers.split(",")]
-    if len({*pool} & {*inner}) < len(pool):
-        raise InputError(f"--skip-layers {config.skip_layers}: must be different numbers from 1 to {len(inner)}")
-    return pool
-
-
-# ---- prompts --------------------------------------------------------------------------------------------------------
-
-SYSTEM_PROMPTS = {  # nl: that of Qwen2.5-Math-Instruct; for programs it is ours
+SYSTEM_PROMPTS = {  # nl: that of Qwen2.5-Math-Instruct; the one for programs is ours
     "nl": "Please reason step by step, and put your final answer within \\boxed{}.",
-    "python": "Write a Python function solution() that returns the answer. Reply with the function alone.",
+    "python": "Write a Python function solution() that returns the answer. "
+    "Reply with the function alone.",
 }
 
 
-def turn_end(model: Decoder) -> int | None:
-    """The EOS with which the chat template ends an answer. None: a base model; some have a template with another EOS."""
+def load_split(config: "SharedConfig", split: str) -> list[Problem]:
+    """The problems of --data ("train") or --test-data ("test")."""
+    path, limit = config.test_data, config.test_limit
+    if split == "train":
+        path, limit = config.data, config.limit
+    return load_problems(config.task, split, path, limit, config.engine)
+
+
+def encode_prompts(
+    problems: list[Problem], model: Decoder, config: "SharedConfig"
+) -> list[list[int]]:
+    """Token ids of every prompt: of a chat where `is_chat` says so, else of ReFT's prompt."""
+    if not is_chat(model, config):
+        ids_of_x = model.tokenizer("x").input_ids
+        first = ids_of_x.index(model.encode(["x"])[0][0])
+        bos_ids = ids_of_x[:first]  # what stands before any text; an EOS behind it is left away
+        return [bos_ids + ids for ids in model.encode([make_prompt(p) for p in problems])]
+    system = SYSTEM_PROMPTS[config.engine]
+    try:
+        chats = [[("system", system), ("user", problem.question)] for problem in problems]
+        return model.encode_chats(chats, thinking=config.thinking)
+    except InputError:  # a template without that role
+        chats = [[("user", f"{system}\n\n{problem.question}")] for problem in problems]
+        return model.encode_chats(chats, thinking=config.thinking)
+
+
+def is_chat(model, config):
+    """Whether prompts are a chat; auto: where the model's template ends a turn with an EOS."""
+    if config.prompt_style == "reft":
+        return False
+    can_chat = turn_end(model) is not None
+    if config.prompt_style == "chat" and not can_chat:
+        reason = "no chat template ends answers with an EOS of --model"
+        raise InputError(f"--prompt-style is chat, but {reason}; take reft")
+    return can_chat
+
+
+def turn_end(model):
+    """The EOS with which the chat template ends an answer. None: a base model."""
     if not model.tokenizer.chat_template:
         return None
-    (ids,) = model.encode_chats([[("user", "1 + 1?"), ("assistant", "2")]], prompt=False)
+    # Templates do not tell how an answer ends: render one and look for its last EOS.
+    turns = [("user", "1 + 1?"), ("assistant", "2")]
+    ids = model.encode_chats([turns], prompt=False)[0]
     return next((token for token in reversed(ids) if token in model.eos_ids), None)
 
 
-def is_chat(model: Decoder, config: "SharedConfig") -> bool:
-    """Whether prompts are a chat: --prompt-style, where it is "auto" what the checkpoint was trained on."""
-    chat = config.prompt_style != "reft" and turn_end(model) is not None
-    if config.prompt_style == "chat" and not chat:
-        raise InputError("--prompt-style is chat, but no chat template ends answers with an EOS of --model; take reft")
-    return chat
+def fitting(rows: list[list[int]], model: Decoder, new_tokens: int, is_training: bool) -> list[int]:
+    """Indices of the rows that fit the model's context, with room for `new_tokens`, and embedding.
+
+    Training leaves the others out and says how many; of test problems each has to fit (InputError).
+    """
+    context = model.config.max_positions - new_tokens
+    vocab = model.config.vocab_size
+    kept = [n for n, row in enumerate(rows) if len(row) <= context and max(row) < vocab]
+    if len(kept) < len(rows):
+        problem = (
+            f"{len(rows) - len(kept)} of {len(rows)} problems exceed the {context} tokens that the "
+            f"model's context and --max-new-tokens leave, or its embedding"
+        )
+        if not kept or not is_training:
+            raise InputError(problem)
+        print(f"left out: {problem}")
+    return kept
 
 
-def encode_prompts(problems: list[Problem], model: Decoder, config: "SharedConfig", room, training=False) -> list:
-    """Token ids of every prompt, in the style that `is_chat` finds; each must leave `room` for a completion."""
-    if is_chat(model, config):
-        system = SYSTEM_PROMPTS[config.engine]
-        try:
-            prompts = model.encode_chats([[("system", system), ("user", problem.question)] for problem in problems])
-        except InputError:  # a template without that role
-            prompts = model.encode_chats([[("user", f"{system}\n\n{problem.question}")] for problem in problems])
-    else:
-        ids = model.tokenizer("x").input_ids
-        front = ids[: ids.index(model.encode(["x"])[0][0])]  # BOS, but no EOS behind, which some tokenizers add too
-        prompts = [front + ids for ids in model.encode([make_prompt(problem) for problem in problems])]
-    check_fit(prompts, model, room, training, problems, prompts)
-    return prompts
+# ---- grading -------------------------------------------------------------------------------------
 
-
-def check_fit(rows: list[list[int]], model: Decoder, room: int, training: bool, problems: list[Problem], others: list):
-    """InputError for rows that exceed context or embedding; few of training are taken out of `problems` and `others`."""
-    most, known = model.config.max_positions, model.config.vocab_size
-    bad = [n for n, row in enumerate(rows) if len(row) + room > most or max(row) >= known]
-    if not bad:
-        return
-    new = f" with --max-new-tokens {room}" if room else ""
-    what = f"{len(bad)} of {len(rows)} problems exceed the model's context of {most} tokens{new}, or its embedding"
-    if not training or len(bad) >= 0.01 * len(rows):
-        first = f"problem {bad[0] + 1} ({problems[bad[0]].question[:40]!r}...) of {len(rows[bad[0]])} tokens"
-        raise InputError(f"{what}; the first is {first}")
-    print(f"left out: {what}")
-    for n in reversed(bad):
-        del problems[n], others[n]
+# What becomes of a completion; the last three are for programs only.
+OUTCOMES = ("right", "wrong", "no_answer", "cut", "error", "timeout", "killed")
 
 
 class Grades(NamedTuple):
-    """What N completions say and earn."""
+    """What N completions say, and what became of them; `reward_of` makes eq. (3) of it."""
 
     texts: list[str]
     answers: list[str | None]  # canonical text of each final answer
     outcomes: list[str]  # one of OUTCOMES each
-    rewards: Tensor  # (N,), eq. (3)
 
 
-def grade(rollout: Rollout, problems: list[Problem], model: Decoder, config: "SharedConfig") -> Grades:
-    """Rewards, eq. (3), of completions in words or of programs. One that was cut has no answer: reward 0."""
-    known, mark = len(model.tokenizer), model.eos_ids[0]  # stands for ids without a token, which decoding would drop
-    rows = [ids[:-1] if ids[-1] in model.eos_ids else ids for _, ids in rollout.pairs()]
-    texts = model.tokenizer.batch_decode([[i if i < known else mark for i in row] for row in rows])
+def grade(
+    rollout: Rollout, problems: list[Problem], model: Decoder, config: "SharedConfig"
+) -> Grades:
+    """Read and judge completions in words, or run programs. One that was cut has no answer."""
+    texts = completion_texts(rollout, model)
     num_samples = len(texts) // len(problems)
-    finished = rollout.finished.tolist()
+    is_finished = rollout.finished.tolist()
+    results = iter(())
     if config.engine == "python":
-        programs = [text for text, done in zip(texts, finished, strict=True) if done]
-        # by one process: its programs have all cores, and everybody sees the same results
-        ran = iter(gather(execute(programs, config.unsafe_exec) if rank() == 0 else [])[0])
-    answers, outcomes, rewards = [], [], []
-    for n, (text, done) in enumerate(zip(texts, finished, strict=True)):
-        problem, status, answer, reward = problems[n // num_samples], "cut", None, 0.0
-        if done and config.engine == "python":
-            status, answer = next(ran)  # eq. (3):
-            reward = score_result(answer, problem.answer, config.task, problem.options) if status == "ok" else 0.0
-        elif done:
-            status, answer = "ok", extract_answer(text, config.task, problem.options)
-            reward = score(text, problem.answer, config.task, problem.options)  # eq. (3)
+        programs = [text for text, ended in zip(texts, is_finished, strict=True) if ended]
+        # The first process runs them, on all cores; so every process sees the same results.
+        results = execute(programs, config.unsafe_exec) if rank() == 0 else None
+        results = iter(all_gather(results)[0])
+    answers, outcomes = [], []
+    for n, text in enumerate(texts):
+        problem = problems[n // num_samples]
+        gold = problem.answer, config.task, problem.options
+        outcome, answer = "cut", None
+        if is_finished[n] and config.engine == "nl":
+            outcome, answer = judge(text, *gold)
+        elif is_finished[n]:
+            outcome, answer = next(results)  # "ok", or what went wrong
+            if outcome == "ok":
+                outcome = judge_result(answer, *gold)
         answers.append(answer)
-        outcomes.append({1.0: "right", 0.1: "wrong", 0.0: "no_answer"}[reward] if status == "ok" else status)
-        rewards.append(reward)
-    return Grades(texts, answers, outcomes, torch.tensor(rewards, device=rollout.tokens.device))
+        outcomes.append(outcome)
+    return Grades(texts, answers, outcomes)
 
 
-# ---- flags and scripts ----------------------------------------------------------------------------------------------
+def completion_texts(rollout, model):
+    """The N completions as text, without the EOS at their end."""
+    rows = []
+    for _, ids in rollout.pairs():
+        if ids[-1] in model.eos_ids:
+            ids = ids[:-1]
+        # An embedding may have more rows than there are tokens; decoding would drop such an id.
+        rows.append([i if i < len(model.tokenizer) else model.eos_ids[0] for i in ids])
+    return model.tokenizer.batch_decode(rows)
 
 
-def flag(default, text: str):
-    """A field of a Config: its default and its line in --help."""
-    return field(default=default, metadata={"help": text})
+# ---- flags and scripts ---------------------------------------------------------------------------
 
 
-RANGES = (  # low, high, and the flags of any script whose numbers must lie between them
-    (1, inf, "limit test_limit max_new_tokens max_rows micro_batch steps batch rollout_batch ppo_epochs minibatch"),
-    (0, inf, "seed samples save_every eval_every lr weight_decay kl_coef value_coef"),
-    (1e-9, inf, "epochs clip cap target_kl_behav"),
-    (0, 1, "gamma lam layer_dropout"),
-    (0, 0.999999, "beta2 skip_ratio"),
-)
+class Help(str):
+    """A line of --help; `low` and `high` are the range of its number."""
+
+
+def flag(default, text: str, low: float = -inf, high: float = inf, **options):
+    """A field of a Config: its default, its line in --help, and the range of its number.
+
+    options: of `add_argument`.
+    """
+    if default is not None and not isinstance(default, bool):
+        text = f"{text} (default: {default})"
+    text = Help(text)
+    text.low, text.high = low, high
+    return field(default=default, metadata={"help": text, **options})
+
+
+MAX_SEED = 2**63 - 1
 
 
 @dataclass
 class SharedConfig:
     """Flags that mean the same in every script."""
 
-    task: Literal[TASKS] | None = flag(None, "which problems (default: those of the run that made --model; else toy)")
-    test_data: str | None = flag(None, "test problems: a file or hub id (default: the run's, the usual ones)")
-    test_limit: int | None = flag(None, "use only the first so many test problems")
-    engine: Literal["nl", "python"] | None = flag(None, "python: programs (default: the run's, nl: natural language)")
-    prompt_style: Literal["auto", "reft", "chat"] | None = flag(None, "default: the run's; auto: chat for chat models")
-    unsafe_exec: bool = flag(False, "run model-written programs even where the system cannot hold them back")
-    max_new_tokens: int | None = flag(None, "longest completion in tokens (toy: 64, toy-long: 128, else 400: ReFT's)")
-    max_rows: int = flag(512, "completions sampled at a time; lower it to save memory, the samples stay")
+    task: Literal[TASKS] | None = flag(
+        None, "which problems (default: those of the run that made --model; else toy)"
+    )
+    test_data: str | None = flag(
+        None, "test problems: a file or hub id (default: the run's, or the usual ones)"
+    )
+    test_limit: int | None = flag(None, "use only the first so many test problems", low=1)
+    engine: Literal["nl", "python"] | None = flag(
+        None, "python: programs (default: the run's, or nl: natural language)"
+    )
+    prompt_style: Literal["auto", "reft", "chat"] | None = flag(
+        None, "default: the run's, or auto: a chat for chat models"
+    )
+    thinking: bool | None = flag(
+        None,
+        "let a chat template that knows such a switch open a thought (default: the run's, off)",
+        nargs="?",
+        const=True,  # --thinking alone; --thinking false where the run has it on
+    )
+    unsafe_exec: bool = flag(
+        False, "run model-written programs even where the system cannot hold them back"
+    )
+    max_new_tokens: int | None = flag(
+        None, "longest completion in tokens (toy: 64, toy-long: 128, else 400: ReFT's)", low=1
+    )
+    max_rows: int = flag(
+        512, "completions sampled at a time; lower it to save memory, the samples stay", low=1
+    )
     device: Literal["cpu", "cuda"] | None = flag(None, "default: cuda where there is one")
-    dtype: Literal["float32", "float64", "bfloat16"] | None = flag(None, "default: bfloat16 on cuda, else float32")
+    dtype: Literal["float32", "float64", "bfloat16"] | None = flag(
+        None, "default: bfloat16 on cuda, else float32"
+    )
+
+    takes_one_model = True  # else each of several models is asked for what it was trained on
 
     def __post_init__(self):
-        """A value out of range ends the program before anything is read or written. What was not given is filled in."""
-        for low, high, names in RANGES:
-            for name in names.split():
-                value = getattr(self, name, None)
-                if value is not None and not (low <= value <= high and isfinite(value)):
-                    raise InputError(f"--{name.replace('_', '-')} is {value}, it must be between {low:g} and {high:g}")
+        """Check ranges before anything is read or written, then fill in what was not given."""
+        for item in fields(self):
+            check_range(item.name, getattr(self, item.name), item.metadata.get("help"))
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = self.dtype or ("bfloat16" if self.device == "cuda" else "float32")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device is cuda, but torch finds no CUDA here; take cpu, or a torch built for CUDA")
-        if not hasattr(self, "runs"):  # of several runs each one says
-            self.as_trained(getattr(self, "model", None))
+            reason = "torch finds no CUDA here"
+            raise InputError(f"--device is cuda, but {reason}; take cpu, or a torch built for CUDA")
+        if self.takes_one_model:
+            self.inherit(self.model)
 
-    def as_trained(self, source: str | None):
-        """Flags that were not given are those of the run that made `source`; one that differs from them is said."""
-        if source == "runs/warmup" and not Path(source).exists():
-            raise InputError("runs/warmup does not exist: run `python warmup.py` first, or name a model with --model")
-        if source:
+    def inherit(self, source):
+        """Flags that were not given are those of the run that made `source`."""
+        trained = {}
+        if source is not None:
             check_checkpoint(source)
-        trained = read_json(file) if source and (file := Path(source, "run.json")).exists() else {}
-        defaults = {"task": None if source else "toy", "engine": "nl", "prompt_style": "auto"}
+            file = Path(source, "run.json")
+            trained = read_json(file) if file.exists() else {}
+        names = ["engine", "prompt_style", "thinking"]
         if self.task in (None, trained.get("task")):  # another task has other problems and lengths
-            defaults |= {"data": None, "test_data": None, "max_new_tokens": None}
-        for name in [name for name in defaults if name in trained and name != "max_new_tokens"]:
-            if getattr(self, name, None) not in (None, then := trained[name]):
-                print(f"{source} was trained with --{name.replace('_', '-')} {then} (here: {getattr(self, name)})")
-        self.fill_in({name: trained.get(name, default) for name, default in defaults.items()})
-        if self.task is None:
-            raise InputError(f"{source} does not say what it was trained on: name a --task, one of {', '.join(TASKS)}")
-        self.max_new_tokens = self.max_new_tokens or {"toy": 64, "toy-long": 128}.get(self.task, 400)
+            names += ["task", "data", "test_data", "max_new_tokens"]
+        self.fill_in({name: trained.get(name) for name in names})
+        if self.task is None and source is not None:
+            tasks = ", ".join(TASKS)
+            raise InputError(f"{source} does not say its task: name a --task, one of {tasks}")
+        self.fill_in({"task": "toy", "engine": "nl", "prompt_style": "auto", "thinking": False})
+        lengths = {"toy": 64, "toy-long": 128}
+        self.fill_in({"max_new_tokens": lengths.get(self.task, 400)})
         if self.engine == "python":
-            execute(["def solution(): return 1"], self.unsafe_exec)  # refused here, not after an hour of training
+            # Refused here, where programs cannot be held back, and not after an hour of training.
+            execute(["def solution(): return 1"], self.unsafe_exec)
         if self.task in TOY_STEPS and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)  # two gain a small model little, and on a busy CPU they wait for each other
+            # Two threads gain a small model little, and on a busy CPU they wait for each other.
+            torch.set_num_threads(1)
 
-    def fill_in(self, defaults: dict):
+    def fill_in(self, defaults):
         """Flags that were not given take these values."""
-        vars(self).update({name: x for name, x in defaults.items() if getattr(self, name, None) is None})
+        for name, value in defaults.items():
+            if getattr(self, name, None) is None:
+                setattr(self, name, value)
 
-    def sampling(self, model: Decoder) -> dict:
-        """What `sample` needs to know of the flags and of the model's tokenizer; any id serves as padding."""
-        ids = {"eos_id": model.eos_ids, "pad_id": model.eos_ids[0]}
-        return ids | {"max_new_tokens": self.max_new_tokens, "max_rows": self.max_rows}
-
-
-@dataclass
-class NestedConfig(SharedConfig):
-    """Flags of the scripts that leave out layers, eq. (2)."""
-
-    skip_ratio: float = flag(0.25, "share of the layers that the behavior model mu skips")
-    skip_layers: str | None = flag(None, "among which: inner, cheap, or a list like 3,5,7 (toy: inner, else cheap)")
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.skip_layers = self.skip_layers or ("inner" if self.task in TOY_STEPS else "cheap")
-        if not re.fullmatch(r"inner|cheap|\d+(,\d+)*", self.skip_layers):
-            raise InputError(f"--skip-layers is {self.skip_layers}, it must be inner, cheap, or numbers like 3,5,7")
+    def sampling(self, model):
+        """What `sample` needs to know of flags and tokenizer; any id serves as padding."""
+        return {
+            "eos_id": model.eos_ids,
+            "pad_id": model.eos_ids[0],
+            "max_new_tokens": self.max_new_tokens,
+            "max_rows": self.max_rows,
+        }
 
 
-def run_script(main, config_class, parser: HfArgumentParser | None = None):
-    """Run a stage. Bad input, no memory, a failed save: one line, exit code 2. Bad numbers, a failed log: 1."""
-    parser = parser or HfArgumentParser(config_class, allow_abbrev=False)
+def flag_name(name):
+    """--skip-ratio of skip_ratio."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_range(name, value, text):
+    """InputError for a number outside of the range of its flag, and for an empty text."""
+    if value == "":
+        raise InputError(f"{flag_name(name)} is empty; give it a value or leave it out")
+    if isinstance(value, int | float) and not text.low <= value <= min(
+        text.high, sys.float_info.max
+    ):
+        span = f"between {text.low:g} and {text.high:g}"
+        raise InputError(f"{flag_name(name)} is {value}, it must be {span}")
+
+
+def run_script(main, config_class, parser=None):
+    """Run a stage; an error is one line.
+
+    Exit code 2: bad input, no memory, a failed save. 1: bad numbers, other errors of files.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # characters that the terminal does not have
+    parser = parser or new_parser(config_class)
     parser.error = lambda message: parser.exit(2, f"error: {message}; --help lists the flags\n")
-    parser._negative_number_matcher = re.compile(r"-[.\d]")  # -1e-5 is a number, too
     try:
         with process_group():
             main(config_class(**vars(parser.parse_args())))
-    except (InputError, OSError, FloatingPointError) as error:
-        parser.exit(2 if isinstance(error, InputError) else 1, f"error: {error}\n")
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, on the CPU a plain one
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
+    except (OSError, FloatingPointError) as error:
+        parser.exit(1, f"error: {error}\n")
+    except (RuntimeError, MemoryError) as error:
+        # torch.OutOfMemoryError is a RuntimeError; on the CPU a plain one is raised.
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_memory and "can't allocate memory" not in str(error):
             raise
-        less = "lower --micro-batch, --max-rows or --max-new-tokens, or train with --gradient-checkpointing"
-        parser.exit(2, f"error: out of memory; {less}\n")
+        flags = "--micro-batch, --max-rows or --max-new-tokens"
+        advice = f"lower {flags}, or train with --gradient-checkpointing"
+        parser.exit(2, f"error: out of memory; {advice}\n")
     except KeyboardInterrupt:
         parser.exit(130)
 
 
-@dataclass
-class Config(NestedConfig):
-    """Flags of rollout.py, which shows what mu writes beside pi."""
-
-    model: str = flag("runs/warmup", "directory or hub id")
-    test_limit: int | None = flag(64, "how many test problems")
-    seed: int = flag(0, "seed of the mask and of the samples")
-
-
-def main(config: Config) -> dict[str, tuple[Grades, float, float]]:
-    """Print what each layer is worth and what pi and mu write; returns grades, tokens/s and exact KL per token of both."""
-    model = load(config.model, config.device, config.dtype)
-    problems = load_problems(config.task, "test", config.test_data, config.test_limit, config.engine)
-    prompts, num_layers = encode_prompts(problems, model, config, config.max_new_tokens), len(model.layers)
-    results, skip = {}, torch.zeros(num_layers, dtype=torch.bool)
-    for name in ("pi", "mu"):
-        sampling = config.sampling(model) | {"skip": skip, "seed": config.seed}
-        sample(model, prompts[:8], **sampling)  # warms up
-        started = time.perf_counter()
-        rollout = sample(model, prompts, **sampling)
-        speed = int(rollout.action_mask.sum()) / (time.perf_counter() - started)
-        kl = nested_kl(model, rollout.pairs(), skip[None]).item()
-        results[name] = grade(rollout, problems, model, config), speed, kl
-        if name == "pi":
-            worth = nested_kl(model, rollout.pairs()[:MEASURED], torch.eye(num_layers) > 0).tolist()
-            model.hf_config.layer_kl = getattr(model.hf_config, "layer_kl", worth)  # that of the warm-up, if any
-            pool = skip_pool(model, round(config.skip_ratio * num_layers), config)
-            skip = sample_skip(num_layers, config.skip_ratio, torch.Generator().manual_seed(config.seed), pool)
-    print("KL(mu||pi) per token without one layer:")
-    for layer, (kl, skipped) in enumerate(zip(worth, skip.tolist(), strict=True)):
-        print(f"{layer:5} {kl:9.4f} {'left out by mu ' * skipped}{'#' * round(60 * kl / max(worth))}")
-    for n, problem in enumerate(problems[:4]):
-        print(f"--- {problem.question} (gold: {problem.answer})")
-        for name, (grades, _, _) in results.items():
-            print(f"{name}, reward {grades.rewards[n]:g}: {grades.texts[n]!r}")
-    print(f"--- {len(problems)} problems; mu leaves out layers {skip.nonzero().flatten().tolist()} of {num_layers}")
-    for name, (grades, speed, kl) in results.items():
-        accuracy = grades.outcomes.count("right") / len(problems)
-        print(f"{name}: accuracy {accuracy:.3f}, {speed:,.0f} tokens/s, KL({name}||pi) {kl:.4f} per token")
-    return results
-
-
-if __name__ == "__main__":
-    run_script(main, Config)
+def new_parser(config_class):
+    """A parser of the fields of a Config; a typo is an error, and -1e-5 is a number."""
+    formatter = partial(argparse.HelpFormatter, max_help_position=30, width=100)
+    parser = HfArgumentParser(config_class, allow_abbrev=False, formatter_class=formatter)
+    parser._negative_number_matcher = re.compile(r"-[.\d]")
+    return parser

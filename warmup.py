@@ -1,10 +1,11 @@
-"""Stage 1: supervised fine-tuning on chains of thought, eq. (1). Also holds what both training stages share.
+"""Stage 1: supervised fine-tuning on chains of thought, eq. (1). Below: a run, for both stages.
 
-    python warmup.py                                            a small decoder from scratch on generated problems (toy)
+    python warmup.py                                            a small decoder from scratch (toy)
     python warmup.py --model Qwen/Qwen2.5-0.5B --task gsm8k     a pretrained one on GSM8K
 
-Departure from ReFT: the loss is the token mean over the whole batch, not the mean of sequence means. Layer dropout is ours:
-a share of the batches is trained with random layers left out, so that nested models stay close to the full one.
+Departure from ReFT: every token of a batch counts the same; its code averages over each sequence,
+then over the sequences. Layer dropout is ours: a share of the batches is trained with random layers
+left out, so that nested models stay close to the full one.
 """
 
 import fcntl
@@ -12,6 +13,7 @@ import functools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -19,6 +21,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,82 +29,142 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from evaluate import FREE, draw_curves, evaluate, make_folder
-from model import MEASURED, Decoder, load, measure_layers, named_in_errors, nested_kl, peak_memory, sample_skip
-from model import gather, gathered, rank, shard, total, whole, world_size, write_json
-from reward import ANSWER_LINE, TOY_STEPS, InputError, Problem, load_problems, make_prompt, make_target
-from rollout import NestedConfig, SharedConfig, check_fit, encode_prompts, flag, is_chat, run_script, skip_pool
-from rollout import token_logp, turn_end
+from evaluate import draw_curves, evaluate, make_folder, print_table
+from model import (
+    MEASURED,
+    Decoder,
+    all_gather,
+    all_reduce,
+    barrier,
+    full_tensor,
+    load,
+    measure_layers,
+    named_in_errors,
+    rank,
+    sample_skip,
+    shard,
+    skip_pool,
+    world_size,
+    write_json,
+)
+from reward import (
+    ANSWER_LINE,
+    TOY_STEPS,
+    InputError,
+    Problem,
+    make_prompt,
+    make_target,
+)
+from rollout import (
+    MAX_SEED,
+    SharedConfig,
+    encode_prompts,
+    fitting,
+    flag,
+    flag_name,
+    is_chat,
+    load_split,
+    run_script,
+    token_logp,
+    turn_end,
+)
 
-TOY = {"batch": 32, "lr": 4e-3, "beta2": 0.95, "weight_decay": 0.1, "layer_dropout": 0.5, "epochs": 0.9}
-TOY |= {"skip_ratio": 0.25}
-# ReFT, section 4.3 and appendix B: 2 epochs on GSM8K and SVAMP, 5 (programs: 2) on MathQA letters, 10 on MathQA numbers
-PRETRAINED = {"batch": 48, "lr": 1e-5, "beta2": 0.999, "weight_decay": 0.0, "layer_dropout": 0.0, "epochs": 2.0}
-PRETRAINED |= {"skip_ratio": 0.07}
+TOY = {
+    "batch": 32,
+    "lr": 4e-3,
+    "beta2": 0.95,
+    "weight_decay": 0.1,
+    "layer_dropout": 0.5,
+    "skip_ratio": 0.25,
+    "epochs": 0.75,
+}
+# ReFT, section 4.3 and appendix B. Its warm-ups have 2 epochs on GSM8K and SVAMP, 5 (programs: 2)
+# on MathQA with letters, 10 on MathQA with numbers.
+PRETRAINED = {
+    "batch": 48,
+    "lr": 1e-5,
+    "beta2": 0.999,
+    "weight_decay": 0.0,
+    "layer_dropout": 0.0,
+    "skip_ratio": 0.07,
+    "epochs": 2.0,
+}
 
 
-@dataclass
-class TrainConfig(NestedConfig):
-    """Flags of both training stages."""
+def supervised_step(
+    run: "Run", examples: list, lr: float, skip: Tensor | None = None
+) -> tuple[float, float]:
+    """One optimizer step on eq. (1); returns the loss and the norm of its gradient.
 
-    data: str | None = flag(None, "training problems: a file or hub id (default: the run's, the usual ones)")
-    limit: int | None = flag(None, "use only the first so many training problems")
-    seed: int = flag(0, "seed of weights, data order, skip masks and sampling")
-    micro_batch: int = flag(16, "rows of one pass (of each process); lower it to save memory, the gradient stays")
-    gradient_checkpointing: bool = flag(False, "keep one activation a layer, compute the others again: less memory")
-    save_every: int = flag(0, "steps between checkpoints; 0: one every 30 minutes, and one at the end")
-    eval_every: int = flag(0, "steps between greedy evaluations on the test problems; 0: one at the end")
-    resume: bool = flag(False, "go on from the checkpoint in --out, to the bit; start where there is none")
-
-
-@dataclass
-class Config(TrainConfig):
-    """Flags of warmup.py; what is None is filled in from TOY or PRETRAINED."""
-
-    model: str | None = flag(None, "directory or hub id to start from (default: a new small decoder, for toy tasks)")
-    out: str = flag("runs/warmup", "directory of the run")
-    steps: int | None = flag(None, "optimizer steps (default: as many as --epochs needs)")
-    epochs: float | None = flag(None, "passes over the problems (toy: 0.9, pretrained: 2)")
-    batch: int | None = flag(None, "problems of one optimizer step (toy: 32, pretrained: 48)")
-    lr: float | None = flag(None, "reached after a tenth of the steps, then falls to 0 (toy: 4e-3, pretrained: 1e-5)")
-    beta2: float | None = flag(None, "AdamW decay of the squared gradient (toy: 0.95, pretrained: 0.999)")
-    weight_decay: float | None = flag(None, "AdamW weight decay of the matrices (toy: 0.1, pretrained: 0)")
-    layer_dropout: float | None = flag(None, "share of batches with layers left out (toy: 0.5, pretrained: 0)")
-    skip_ratio: float | None = flag(None, "share of the layers that they leave out (toy: 0.25, pretrained: 0.07)")
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.fill_in(TOY if self.model is None else PRETRAINED)
-        if self.model is None and self.task not in TOY_STEPS:
-            raise InputError(f"--task is {self.task}, without --model it must be one of {', '.join(TOY_STEPS)}")
+    examples: (prompt, completion) pairs of token ids. skip: (num_layers,) bool, or None.
+    """
+    tokens, lengths, action_mask = collate(examples, run.device)  # (N, T), (N,), (N, T-1)
+    actions = int(action_mask.sum())  # of the whole step: the micro-batch size changes no gradient
+    loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
+    for rows, T in micro_batches(lengths, run.config.micro_batch):
+        mask = action_mask[rows, : T - 1]  # (n, T-1)
+        hidden = run.model(tokens[rows, :T], skip)[:, :-1][mask]  # (actions, d)
+        logits = run.model.logits(hidden)  # (actions, vocab): completion positions only
+        logp = token_logp(logits, tokens[rows, 1:T][mask])  # (actions,)
+        loss = -logp.sum() / actions  # eq. (1)
+        loss.backward()
+        loss_sum += loss.detach()
+    return all_reduce(loss_sum).item(), run.update(lr, loss_sum)
 
 
-def main(config: Config) -> dict:
+def collate(examples: list, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens (N, T) right-padded, lengths (N,), action_mask (N, T-1) as in a Rollout."""
+    rows = [torch.tensor(prompt + completion) for prompt, completion in examples]
+    tokens = pad_sequence(rows, batch_first=True).to(device)  # (N, T); any id serves as padding
+    starts = torch.tensor([len(prompt) for prompt, _ in examples], device=device)  # (N,)
+    lengths = torch.tensor([len(row) for row in rows], device=device)  # (N,)
+    column = torch.arange(1, tokens.shape[1], device=device)  # (T-1,), of the predicted token
+    action_mask = (column >= starts[:, None]) & (column < lengths[:, None])  # (N, T-1)
+    return tokens, lengths, action_mask
+
+
+def learning_rate(config: "Config", step: int, steps: int) -> float:
+    """Rises over the first tenth of the steps, then falls to 0 (ReFT, section 4.3)."""
+    rise = step / (0.1 * steps)
+    fall = (steps + 1 - step) / (0.9 * steps)
+    return config.lr * min(1, rise, fall)
+
+
+def main(config: "Config") -> dict:
     """Train, evaluate on the test problems, save; returns what evaluation.json holds."""
-    # 1. problems (x, e, y) and the model
-    problems = load_problems(config.task, "train", config.data, config.limit, config.engine)
+    # 1. problems (x, e, y), the model, and the layers that layer dropout may leave out
+    problems = load_split(config, "train")
     if without := sum(not problem.cot for problem in problems):
-        raise InputError(f"{without} of {len(problems)} training problems have no chain of thought; each needs one")
-    model = toy_model(config, problems) if config.model is None else load(config.model, config.device, config.dtype)
+        count = f"{without} of {len(problems)} training problems"
+        raise InputError(f"{count} have no chain of thought; each needs one")
+    if config.model is None:
+        model = toy_model(config, problems)
+    else:
+        model = load(config.model, config.device, config.dtype)
     model.value_head.requires_grad_(False)  # stage 1 has no critic
-    examples, num_layers = encode_examples(problems, model, config), len(model.layers)
-    if config.layer_dropout:
-        if config.skip_layers == "cheap":
-            measure_layers(model, examples[:MEASURED])
-        pool = skip_pool(model, round(config.skip_ratio * num_layers), config)
-        sample_skip(num_layers, config.skip_ratio, pool=pool)  # refuses to leave out none, or too many
+    examples = encode_examples(problems, model, config)
+    kept = fitting([prompt + target for prompt, target in examples], model, 0, is_training=True)
+    problems, examples = [problems[i] for i in kept], [examples[i] for i in kept]
+    check_batch("--batch", config.batch, problems)
+    num_layers = len(model.layers)
+    pool = dropout_pool(model, examples, config)
     steps = config.steps or max(1, round(config.epochs * len(problems) / config.batch))
-    marks = fingerprint(problems, examples, model if config.model else None)
-    run = Run("warmup", config, model, marks, steps, config.weight_decay, config.beta2)
+    contents = fingerprint(problems, examples, model if config.model else None)
+    run = Run("warmup", config, model, contents, steps, config.weight_decay, config.beta2)
 
     for step in run.steps():
         # 2. a batch, and for a share of the batches a skip mask
-        rng, skip = np.random.default_rng((config.seed, 1, step)), None
+        rng = np.random.default_rng((config.seed, 1, step))  # 1: of a step; 0: of `batch_indices`
+        skip = None
         if rng.random() < config.layer_dropout:
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
             skip = sample_skip(num_layers, config.skip_ratio, generator, pool)  # eq. (2)
@@ -109,338 +172,619 @@ def main(config: Config) -> dict:
         batch = [examples[i] for i in chosen]
 
         # 3. the loss and the update
-        lr = config.lr * min(1, step / (0.1 * steps), (steps + 1 - step) / (0.9 * steps))
+        lr = learning_rate(config, step, steps)
         loss, grad_norm = supervised_step(run, batch, lr, skip)
 
-        # 4. the records
+        # 4. the records; evaluating and saving are not counted as time of training
+        seconds = run.stop_clock()
         tokens = sum(len(prompt) + len(completion) for prompt, completion in batch)
-        speed = tokens / (time.perf_counter() - run.started)
-        numbers = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
-        if config.layer_dropout and config.eval_every and step % config.eval_every == 0:
-            seeds = [torch.Generator().manual_seed(i) for i in range(8)]
-            masks = [sample_skip(num_layers, config.skip_ratio, generator, pool) for generator in seeds]
-            with gathered(model):  # KL(mu||pi) per token: how well the model can do without layers by now
-                numbers["kl_behav"] = nested_kl(model, examples[:MEASURED], torch.stack(masks)).mean().item()
-        run.record(numbers, chosen)
+        numbers = {
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens_per_second": tokens / seconds,
+        }
+        if run.is_evaluation_due(step):
+            numbers["greedy_accuracy"] = run.evaluate()["greedy_accuracy"]
+        run.record(numbers)
+        if run.is_save_due(step):
+            run.save()
     ratio = f" --skip-ratio {config.skip_ratio:g}" if config.layer_dropout else ""
-    then = f"python rl.py{ratio} --model {config.out}"
-    return run.finish(("loss", "greedy_accuracy", "kl_behav"), then)
+    next_command = f"python rl.py{ratio} --model {shlex.quote(config.out)}"
+    return run.finish(("loss", "greedy_accuracy"), next_command)
+
+
+# ---- what surrounds the loop: flags, a new model, token ids --------------------------------------
+
+
+@dataclass
+class TrainConfig(SharedConfig):
+    """Flags of both training stages."""
+
+    data: str | None = flag(
+        None, "training problems: a file or hub id (default: the run's, or the usual ones)"
+    )
+    limit: int | None = flag(None, "use only the first so many training problems", low=1)
+    seed: int = flag(0, "of weights, data order, skip masks and samples", low=0, high=MAX_SEED)
+    micro_batch: int = flag(
+        16, "rows of one pass of a process; lower it to save memory, the gradient stays", low=1
+    )
+    gradient_checkpointing: bool = flag(
+        False, "keep one activation a layer and compute the others again: less memory"
+    )
+    save_every: int = flag(
+        0, "steps between checkpoints; 0: one every 30 minutes, and one at the end", low=0
+    )
+    eval_every: int = flag(
+        0, "steps between greedy evaluations on the test problems; 0: one at the end", low=0
+    )
+    resume: bool = flag(False, "go on from the checkpoint in --out; start where there is none")
+    skip_layers: str | None = flag(
+        None, "layers that may be skipped: inner, cheap, or 3,5,7 (toy: inner, else cheap)"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.fill_in({"skip_layers": "inner" if self.task in TOY_STEPS else "cheap"})
+        if not re.fullmatch(r"inner|cheap|\d+(,\d+)*", self.skip_layers):
+            words = "inner, cheap, or numbers like 3,5,7"
+            raise InputError(f"--skip-layers is {self.skip_layers}, it must be {words}")
+
+
+@dataclass
+class Flags:
+    """Flags of warmup.py itself; what is None is filled in from TOY or PRETRAINED."""
+
+    model: str | None = flag(
+        None, "directory or hub id to start from (default: a new small decoder, for toy tasks)"
+    )
+    out: str = flag("runs/warmup", "directory of the run")
+    steps: int | None = flag(None, "optimizer steps (default: as many as --epochs needs)", low=1)
+    epochs: float | None = flag(
+        None, "passes over the problems (toy: 0.75, pretrained: 2)", low=1e-9
+    )
+    batch: int | None = flag(
+        None, "problems of one optimizer step (toy: 32, pretrained: 48)", low=1
+    )
+    lr: float | None = flag(
+        None,
+        "reached after a tenth of the steps, then falls to 0 (toy: 4e-3, pretrained: 1e-5)",
+        low=0,
+    )
+    layer_dropout: float | None = flag(
+        None, "share of batches with layers left out (toy: 0.5, pretrained: 0)", low=0, high=1
+    )
+    skip_ratio: float | None = flag(
+        None, "share of layers that they leave out (toy: 0.25, pretrained: 0.07)", low=0, high=0.99
+    )
+    beta2: float | None = flag(
+        None,
+        "AdamW decay of the squared gradient (toy: 0.95, pretrained: 0.999)",
+        low=0,
+        high=0.999999,
+    )
+    weight_decay: float | None = flag(
+        None, "AdamW weight decay of the matrices (toy: 0.1, pretrained: 0)", low=0
+    )
+
+
+@dataclass
+class Config(TrainConfig, Flags):
+    """All flags of warmup.py."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.fill_in(TOY if self.model is None else PRETRAINED)
+        if self.model is None and self.task not in TOY_STEPS:
+            tasks = ", ".join(TOY_STEPS)
+            raise InputError(f"--task is {self.task}, without --model it must be one of {tasks}")
 
 
 def toy_model(config: Config, problems: list[Problem]) -> Decoder:
-    """A new decoder of half a million parameters, and a byte-level BPE, digits apart, trained on the problems."""
+    """A new decoder of half a million parameters, and a byte-level BPE trained on the problems."""
     bpe = Tokenizer(models.BPE())
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # no regex: tokens may span words
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_])
+    # A number is one token, which keeps chains short; other tokens may span words.
+    numbers = pre_tokenizers.Digits(individual_digits=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([numbers, byte_level])
     bpe.decoder = decoders.ByteLevel()
-    texts = (make_prompt(problem) + make_target(problem, config.engine) for problem in problems[:4000])
-    special = {"special_tokens": ["<pad>", "<eos>"], "initial_alphabet": bytes_.alphabet()}
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, show_progress=False, **special))
-    marks = {"pad_token": "<pad>", "eos_token": "<eos>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **marks)
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast", **marks}  # a name that older transformers know too
-    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    sizes = {"hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4, "intermediate_size": 192}
-    sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "initializer_range": 0.12}
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        show_progress=False,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=byte_level.alphabet(),
+    )
+    texts = [make_prompt(p) + make_target(p, config.engine) for p in problems[:4000]]
+    bpe.train_from_iterator(texts, trainer)
+    special_tokens = {"pad_token": "<pad>", "eos_token": "<eos>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **special_tokens)
     torch.manual_seed(config.seed)
-    model = Decoder(LlamaConfig(**sizes, **ids))
-    model.autocast, model.tokenizer, model.eos_ids = config.dtype == "bfloat16", tokenizer, [tokenizer.eos_token_id]
-    model.files = {"tokenizer.json": bpe.to_str().encode(), "tokenizer_config.json": json.dumps(kind).encode()}
+    model = Decoder(
+        LlamaConfig(
+            hidden_size=64,
+            num_hidden_layers=8,
+            num_attention_heads=4,
+            intermediate_size=192,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=256,
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # for 50 positions
+            initializer_range=0.12,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    model.autocast = config.dtype == "bfloat16"
+    model.tokenizer = tokenizer
+    model.eos_ids = [tokenizer.eos_token_id]
+    # The name of the class is one that older versions of transformers have, too.
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **special_tokens}
+    model.files = {
+        "tokenizer.json": bpe.to_str().encode(),
+        "tokenizer_config.json": json.dumps(tokenizer_config).encode(),
+    }
     return model.to(config.device, torch.float64 if config.dtype == "float64" else torch.float32)
 
 
-def encode_examples(problems: list[Problem], model: Decoder, config: SharedConfig) -> list[tuple[list[int], list[int]]]:
-    """Token ids of (prompt, completion with EOS) of every problem; in a chat the EOS is the one that ends a turn."""
-    prompts = encode_prompts(problems, model, config, room=0, training=True)
-    chat, targets = is_chat(model, config), problems
-    if chat and config.engine == "nl":  # as the system prompt asks
-        bare = (replace(problem, cot=problem.cot.partition(ANSWER_LINE)[0]) for problem in problems)
-        targets = [replace(problem, answer=f"\\boxed{{{problem.answer}}}") for problem in bare]
-    targets = model.encode([make_target(problem, config.engine) for problem in targets])
-    eos_id = turn_end(model) if chat else model.eos_ids[0]
-    examples = [(prompt, [*target, eos_id]) for prompt, target in zip(prompts, targets, strict=True)]
-    check_fit([prompt + target for prompt, target in examples], model, 0, True, problems, examples)
-    return examples
+def encode_examples(
+    problems: list[Problem], model: Decoder, config: SharedConfig
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of (prompt, completion with EOS) of every problem."""
+    prompts = encode_prompts(problems, model, config)
+    eos_id = model.eos_ids[0]
+    targets = problems
+    is_turn = is_chat(model, config)
+    if is_turn:
+        eos_id = turn_end(model)
+        if config.engine == "nl":
+            targets = [boxed(problem) for problem in problems]
+    texts = [make_target(problem, config.engine) for problem in targets]
+    if is_turn and opens_thought(model.tokenizer.decode(prompts[0])):
+        texts = [close_thought(text) for text in texts]
+    completions = model.encode(texts)
+    return [(prompt, [*ids, eos_id]) for prompt, ids in zip(prompts, completions, strict=True)]
 
 
-def collate(examples: list[tuple[list[int], list[int]]], device) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens (N, T) right-padded, lengths (N,), action_mask (N, T-1) as in Rollout. Any id serves as padding: 0."""
-    lengths = torch.tensor([len(prompt) + len(completion) for prompt, completion in examples], device=device)
-    starts = torch.tensor([len(prompt) for prompt, _ in examples], device=device)
-    rows = [torch.tensor(prompt + completion) for prompt, completion in examples]
-    tokens = pad_sequence(rows, batch_first=True).to(device)
-    column = torch.arange(1, tokens.shape[1], device=device)
-    return tokens, lengths, (column >= starts[:, None]) & (column < lengths[:, None])
+def boxed(problem):
+    """The answer in a box, as a chat's system prompt asks: "... the answer is: \\boxed{18}"."""
+    cot = problem.cot.partition(ANSWER_LINE)[0]
+    return replace(problem, cot=cot, answer=f"\\boxed{{{problem.answer}}}")
 
 
-# ---- shared with rl.py ----------------------------------------------------------------------------------------------
+def opens_thought(prompt):
+    """Whether a chat template lets every answer begin inside of a thought."""
+    return prompt.rstrip().endswith("<think>")
 
 
-def supervised_step(run: "Run", examples: list, lr: float, skip: Tensor | None = None) -> tuple[float, float]:
-    """One optimizer step on eq. (1) over (prompt, completion) pairs; returns the loss and the norm of its gradient."""
-    tokens, lengths, action_mask = collate(examples, run.model.embed.weight.device)  # (N, T), (N,), (N, T-1)
-    denominator = int(action_mask.sum())  # of the whole batch: the micro-batch size does not change the gradient
-    loss_sum = torch.zeros((), dtype=torch.float64, device=tokens.device)
-    for rows, T in micro_batches(lengths, run.config.micro_batch):
-        mask = action_mask[rows, : T - 1]  # (n, T-1)
-        hidden = run.model(tokens[rows, :T], skip)[:, :-1][mask]  # (actions, d)
-        logp = token_logp(run.model.logits(hidden), tokens[rows, 1:T][mask])  # (actions,): completion positions only
-        loss = -logp.sum() / denominator  # eq. (1)
-        loss.backward()
-        loss_sum += loss.detach()
-    return total(loss_sum).item(), run.update(lr, loss_sum)
+def close_thought(target):
+    """The chain of thought is the thought, the answer comes behind it; a program is an answer."""
+    if "</think>" in target:  # a completion that --keep-correct has kept
+        return target
+    if ANSWER_LINE in target:
+        return target.replace(ANSWER_LINE, f"\n</think>\n{ANSWER_LINE}")
+    return f"\n</think>\n\n{target}"
+
+
+def dropout_pool(model, examples, config):
+    """The layers among which layer dropout draws. InputError where it would leave out too many."""
+    if not config.layer_dropout:
+        return None
+    if config.skip_layers == "cheap":
+        measure_layers(model, examples[:MEASURED])
+    num_layers = len(model.layers)
+    pool = skip_pool(model, round(config.skip_ratio * num_layers), config.skip_layers)
+    sample_skip(num_layers, config.skip_ratio, pool=pool)  # raises now, and not in the loop
+    return pool
+
+
+# ---- what both stages need of their data ---------------------------------------------------------
+
+
+def check_batch(name, size, problems):
+    """InputError for a batch larger than the data, before it takes memory."""
+    if size > len(problems):
+        raise InputError(f"{name} asks for {size} problems a batch, there are {len(problems)}")
 
 
 def batch_indices(seed: int, step: int, batch: int, count: int) -> list[int]:
-    """The `batch` problems of step 1, 2, ...: every epoch is a new permutation of all `count`, drawn from the seed."""
-    where = [divmod(i, count) for i in range((step - 1) * batch, step * batch)]  # (epoch, place in it)
-    epochs = {epoch: np.random.default_rng((seed, 0, epoch)).permutation(count) for epoch, _ in where}
-    return [int(epochs[epoch][place]) for epoch, place in where]
+    """The `batch` problems of step 1, 2, ...: every epoch is a new permutation of all `count`."""
+    indices, permutations = [], {}
+    for i in range((step - 1) * batch, step * batch):
+        epoch, place = divmod(i, count)
+        if epoch not in permutations:
+            permutations[epoch] = np.random.default_rng((seed, 0, epoch)).permutation(count)
+        indices.append(int(permutations[epoch][place]))
+    return indices
 
 
 def micro_batches(lengths: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
-    """Rows of like length, `size` at a time, and the columns they need; a process may get none, but makes the pass."""
+    """Rows of like length, `size` at a time, and the columns they need.
+
+    Process r takes every n-th row. All make as many passes, some of none, or the others would wait.
+    """
     for rows in lengths.argsort(stable=True).split(size * world_size()):
         yield rows[rank() :: world_size()], int(lengths[rows[-1]])
 
 
-def fingerprint(problems: list[Problem], tokens: list, reference: Decoder | None) -> dict[str, list[int]]:
-    """Numbers that change with the problems, with their tokens (tokenizer, template, EOS) and with the weights."""
-    bits = {torch.float32: torch.int32, torch.float64: torch.int64}
+def fingerprint(problems, token_ids, reference):
+    """Numbers that change with the problems, with their token ids and with the weights."""
     weights = reference.parameters() if reference else ()
     return {
         "the training problems": [len(problems), zlib.crc32(repr(problems).encode())],
-        "their tokens": [zlib.crc32(repr(tokens).encode())],
-        "the weights of --model": [int(p.detach().view(bits[p.dtype]).sum()) for p in weights],
+        "their tokens": [zlib.crc32(repr(token_ids).encode())],
+        "the weights of --model": [torch.hash_tensor(p).view(torch.int64).item() for p in weights],
     }
 
 
-# ---- a run: resume, records, signals, checkpoints -------------------------------------------------------------------
+# ---- a run: its folder, clock, records, signals and checkpoints ----------------------------------
 
-BAD_IN_A_ROW = 3  # batches with a loss or gradient that is not finite, before a run gives up
+BAD_STEPS = 3  # in a row with a loss or gradient that is not finite: a run gives up
 SAVE_SECONDS = 1800  # between checkpoints without --save-every
-LOGS = ("metrics.jsonl", "samples.txt", "bad_batches.jsonl")
-STARTED = (*LOGS, "run.json")  # what a run holds before its first checkpoint
-SAVED = ("trainer.pt", "config.json", "*.safetensors", "*.bin", "value_head.pt", "tokenizer*", "evaluation.json")
-FREE_ON_RESUME = FREE | {"data", "test_data"}  # what files hold is compared, not where they are
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-@functools.cache  # it may take a folder twice
-def lock(folder: Path):
-    """Keep a folder to this process until it ends, however it ends. Some network file systems can lock no folder."""
-    try:
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(f"--out {folder} is in use by another run: name another folder") from error
-    except OSError:
-        pass
+REPEAT_SECONDS = 1  # a scheduler and torchrun both pass on one signal: that is no second one
+LOGS = ("metrics.jsonl", "samples.txt")
+# What a folder may hold before the first checkpoint, and what it must not hold then.
+STARTED = (*LOGS, "run.json")
+SAVED = (
+    "trainer.pt",
+    "config.json",
+    "*.safetensors",
+    "*.bin",
+    "value_head.pt",
+    "tokenizer*",
+    "evaluation.json",
+)
+# Flags that change nothing but rounding, or where files lie (what they hold is compared), or the
+# length of the run. All others stay as they are on --resume.
+FREE_ON_RESUME = (
+    "out",
+    "model",
+    "data",
+    "test_data",
+    "resume",
+    "device",
+    "save_every",
+    "eval_every",
+    "micro_batch",
+    "max_rows",
+    "gradient_checkpointing",
+    "unsafe_exec",
+    "steps",
+    "epochs",
+)
+UNSHARDED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Run:
-    """A model in training and its folder. `state`: plain numbers that move from step to step and are saved with it."""
+    """A model in training and its folder.
 
-    def __init__(self, stage, config: TrainConfig, model: Decoder, marks, steps, decay=0.0, beta2=0.999, **state):
-        """Resume from --out with --resume, where there is a run; else start. What is refused writes nothing."""
-        self.config, self.model, self.last, self.out = config, model, steps, Path(config.out)
-        self.tests = load_problems(config.task, "test", config.test_data, config.test_limit, config.engine)
-        prompts = encode_prompts(self.tests, model, config, config.max_new_tokens)  # too long? now, not at the end
+    state: plain numbers that move from step to step; a checkpoint holds them.
+    tests: the test problems.
+    """
+
+    def __init__(
+        self,
+        stage,
+        config,
+        model,
+        contents,
+        steps,
+        weight_decay=0.0,
+        beta2=0.999,
+        **state,
+    ):
+        """Go on from --out with --resume; else start. What is refused has written nothing.
+
+        contents: what a resumed run must share, see `fingerprint`. steps: of the whole run.
+        """
+        self.stage, self.config, self.model, self.last_step = stage, config, model, steps
+        self.out, self.device = Path(config.out), model.embed.weight.device
+        self.tests = load_split(config, "test")
+        prompts = encode_prompts(self.tests, model, config)
+        fitting(prompts, model, config.max_new_tokens, is_training=False)
+        tests = repr((self.tests, prompts, model.eos_ids))
+        self.contents = {**contents, "the test problems": [zlib.crc32(tests.encode())]}
+        self.state = {"step": 0, "seconds": 0.0, "bad_steps": 0, "warned": [], **state}
+        self.signal = 0  # the first one to this process that asked for the end
+        self.last_save = time.monotonic()
         model.gradient_checkpointing = config.gradient_checkpointing
-        marks = marks | {"the test problems": [zlib.crc32(repr((self.tests, prompts, model.eos_ids)).encode())]}
-        self.fixed = {"stage": stage, "config": asdict(config), "marks": marks}
-        self.state = {"step": 0, "seconds": 0.0, "bad_in_a_row": [], "warned": [], **state}
-        make_folder(config.out)
+
+        make_folder(self.out)
         if rank() == 0:
             lock(self.out.resolve())
-        saved = self.read()
-        gather(None)  # nobody writes before all have looked
-        if saved:
+        saved = self.open_folder()
+        barrier()  # nobody writes before all have looked
+        if saved is not None:
             model.load_state_dict(saved["weights"])
             self.state = saved["state"]
         shard(model)
-        # AdamW over fp32 (or float64) master weights; biases and norms do not decay
-        weights = [p for p in model.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in weights if p.dim() >= 2], "weight_decay": decay}]
-        groups += [{"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, beta2), fused=True)
-        if saved:
-            set_optimizer_state_dict(model, self.optimizer, saved["optimizer"], options=WHOLE)
+        self.optimizer = make_optimizer(model, weight_decay, beta2)
+        if saved is not None:
+            moments = saved["optimizer"]
+            set_optimizer_state_dict(model, self.optimizer, moments, options=UNSHARDED)
         if rank() == 0:
             self.cut_logs(saved["log_sizes"] if saved else {})
             write_json(self.out / "run.json", asdict(config))
-        self.updates = self.left_out = 0  # of one step; left out: not finite
-        self.stop, self.saved = [], time.monotonic()  # the signal that asked for the end; when the last save was
-        names = ("task", "device", "dtype", "lr", "layer_dropout", "skip_ratio", "advantage", "correction", "lam")
-        flags = "".join(f", {name} {getattr(config, name)}" for name in names if hasattr(config, name))
-        style, size = "chat" if is_chat(model, config) else "reft", sum(p.numel() for p in model.parameters())
+            if self.state["step"] < steps:  # of weights that are about to change
+                (self.out / "evaluation.json").unlink(missing_ok=True)
+        size = sum(p.numel() for p in model.parameters())
         print(
-            f"{stage}, {config.model or 'a new model'}: {size:,} parameters, {len(model.layers)} layers, {style} prompts"
-            f"{flags}; {marks['the training problems'][0]} problems, {len(self.tests)} test problems; "
-            f"steps {self.state['step'] + 1} to {steps}, saved in {self.out}"
-            f"{'; if a step takes 30 s, give torchrun a --shutdown-timeout for Ctrl-C' * (world_size() > 1)}"
+            f"{stage}: {size:,} parameters, {self.contents['the training problems'][0]} problems, "
+            f"{len(self.tests)} test problems, steps {self.state['step'] + 1} to {steps}, "
+            f"{config.dtype} on {config.device}; the flags are in {self.out}/run.json"
         )
 
-    def read(self) -> dict | None:
-        """trainer.pt, with --resume and where there is one. InputError: --out holds what would be lost, or what differs."""
-        file, stage, now = self.out / "trainer.pt", self.fixed["stage"], self.fixed["config"]
-        held = [path.name for name in (*SAVED, *STARTED) for path in self.out.glob(name)]
-        if held and not self.config.resume:
-            raise InputError(f"--out {self.out} holds a run or a model ({held[0]}): --resume, or name another folder")
-        if not file.exists():
-            if not {*held} <= {*STARTED}:
-                raise InputError(f"--out {self.out} holds a model and no trainer.pt to resume; name another folder")
-            if self.config.resume:
-                print(f"nothing to resume in {self.out}: starting from the beginning")
-            return None
+    def open_folder(self):
+        """The checkpoint to go on from, if any. InputError: --out holds what would be lost."""
+        paths = [path for name in (*SAVED, *STARTED) for path in self.out.glob(name)]
+        if paths and not self.config.resume:
+            found = f"holds a run or a model ({paths[0].name})"
+            raise InputError(f"--out {self.out} {found}: --resume, or name another folder")
+        if (self.out / "trainer.pt").exists():
+            return self.read_checkpoint()
+        if any(path.name not in STARTED for path in paths):
+            found = "holds a model and no trainer.pt to resume"
+            raise InputError(f"--out {self.out} {found}; name another folder")
+        if self.config.resume:
+            print(f"nothing to resume in {self.out}: starting from the beginning")
+        return None
+
+    def read_checkpoint(self):
+        """trainer.pt. InputError names what differs from this run."""
+        file = self.out / "trainer.pt"
+        flags = asdict(self.config)
+        free = {name: flags[name] for name in FREE_ON_RESUME if name in flags}
         with named_in_errors(file):
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            if saved["stage"] != stage:
-                raise InputError(f"{file}: written by {saved['stage']}.py; {stage}.py cannot resume it")
-            free = {name: now[name] for name in FREE_ON_RESUME & now.keys()}
-            before = asdict(type(self.config)(**(saved["config"] | free)))  # a flag it did not know has its default
-            changed = [name for name in now if now[name] != before[name]]
-            others = [f"--{name.replace('_', '-')} {now[name]} (there: {before[name]})" for name in changed]
-            others += [name for name, mark in self.fixed["marks"].items() if saved["marks"][name] != mark]
-        if others:
-            raise InputError(f"{file}: of a run with other {', '.join(others)}; take the same or another --out")
+            if saved["stage"] != self.stage:
+                stages = f"written by {saved['stage']}.py; {self.stage}.py cannot resume it"
+                raise InputError(f"{file}: {stages}")
+            # Flags that the run did not have yet take their defaults.
+            earlier = asdict(type(self.config)(**{**saved["config"], **free}))
+            contents, steps = saved["contents"], saved["steps"]
+        differences = [
+            f"{flag_name(name)} {flags[name]} (there: {earlier[name]})"
+            for name in flags
+            if flags[name] != earlier[name]
+        ]
+        differences += [name for name in self.contents if contents.get(name) != self.contents[name]]
+        if differences:
+            words = f"of a run with other {', '.join(differences)}"
+            raise InputError(f"{file}: {words}; take the same or another --out")
+        if self.last_step < steps:
+            raise InputError(
+                f"{file}: of a run of {steps} steps, --steps {self.last_step} is fewer"
+            )
+        if self.last_step > steps:
+            change = f"{self.last_step} steps in place of {steps}"
+            print(f"{change}: the learning rate goes on as in a run of {self.last_step} steps")
         return saved
 
-    def cut_logs(self, sizes: dict[str, int]):
-        """Logs end where they did at the checkpoint; there are none where there is no checkpoint."""
-        for name in LOGS:
-            if (self.out / name).exists() or name == "metrics.jsonl":
-                with (self.out / name).open("ab") as file:
-                    if file.tell() < sizes.get(name, 0):
-                        raise InputError(f"{self.out / name}: shorter than at the checkpoint; take another --out")
-                    file.truncate(sizes.get(name, 0))
+    def cut_logs(self, sizes):
+        """Logs end where they did at the checkpoint, and are empty where there is none."""
+        (self.out / "metrics.jsonl").touch()
+        for log in self.logs():
+            size = sizes.get(log.name, 0)
+            if log.stat().st_size < size:
+                raise InputError(f"{log}: shorter than at the checkpoint; take another --out")
+            os.truncate(log, size)
 
-    def steps(self) -> Iterator[int]:
-        """The steps that are left, until numbers go bad, or Ctrl-C or SIGTERM comes: that one finishes its step."""
-        said = f"\nstopping after this step; once more to leave at once; {self.out} has what was saved, for --resume\n"
+    def logs(self):
+        """The logs that exist."""
+        return [self.out / name for name in LOGS if (self.out / name).exists()]
 
-        def note(number, frame):
-            if self.stop:
-                os._exit(128 + number)  # the second one leaves at once
-            self.stop.append(number)
-            os.write(2, said.encode())  # print() is not safe in here
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        done, name = self.state["step"], self.fixed["stage"]
-        self.bar = tqdm(range(done + 1, self.last + 1), name, self.last, initial=done, disable=rank() > 0)
+    def steps(self):
+        """The steps that are left, until numbers go bad or a signal asks for the end."""
+        done = self.state["step"]
+        numbers = range(done + 1, self.last_step + 1)
+        self.bar = tqdm(numbers, self.stage, self.last_step, initial=done, disable=rank() > 0)
+        self.catch_signals()
+        is_failed = True
         try:
             for step in self.bar:
-                self.started, self.updates, self.left_out = time.perf_counter(), 0, 0
+                self.started = time.perf_counter()
+                self.nonfinite_updates = 0
                 yield step
-                if self.stopped() or len(self.state["bad_in_a_row"]) >= BAD_IN_A_ROW:
+                if self.stop_signal() or self.state["bad_steps"] >= BAD_STEPS:
                     break
-        except GeneratorExit:  # the step failed; where it has changed no weight, what came before it is saved
-            if 0 < self.state["step"] == step - 1 and not self.updates and world_size() == 1:
-                self.save()
+            is_failed = False
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            if is_failed:
+                self.release_signals()
 
-    def stopped(self) -> bool:
-        """Was any process asked to stop? From here on all of them know."""
-        heard = [number for numbers in gather(list(self.stop)) for number in numbers]
-        self.stop = heard[:1] or self.stop
-        return bool(heard)  # not `self.stop`: a signal may have come since, to this process alone
+    def catch_signals(self):
+        """From here to the last file: the first signal asks for the end, a second one leaves."""
+        note = (
+            "\nstopping as soon as this step or file is done; once more to leave at once: "
+            f"{self.out} then has what was saved before, for --resume\n"
+        ).encode()
+
+        def on_signal(number, frame):
+            if not self.signal:
+                self.signal, self.signal_time = number, time.monotonic()
+                with suppress(OSError):  # `| tee` ends at the same Ctrl-C, and the pipe with it
+                    os.write(2, note)  # print() is not safe in here
+            elif time.monotonic() - self.signal_time >= REPEAT_SECONDS:
+                os._exit(128 + number)
+
+        self.handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, on_signal)
+
+    def release_signals(self):
+        """Signals do what they did before the run."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def stop_signal(self):
+        """The signal that asked any of the processes to stop, or 0; all get the same answer."""
+        return max(all_gather(self.signal))
 
     def update(self, lr: float, loss: Tensor) -> float:
-        """Clip the gradient to norm 1, step, clear; returns the norm before. Not finite, or the loss: nan, and no step."""
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)).item()
-        finite = math.isfinite(grad_norm) and math.isfinite(total(loss))
-        if finite:
+        """Clip the gradient to norm 1, step, clear; returns the norm before.
+
+        Where the norm or the loss is not finite no weight changes, and nan is returned.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        grad_norm = full_tensor(norm).item()
+        is_finite = math.isfinite(grad_norm) and math.isfinite(all_reduce(loss).item())
+        if is_finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.updates, self.left_out = self.updates + finite, self.left_out + (not finite)
-        return grad_norm if finite else math.nan
+        self.nonfinite_updates += not is_finite
+        return grad_norm if is_finite else math.nan
 
-    def record(self, numbers: dict, problems: list[int], texts: Iterable[str] = (), warnings: Iterable = ()):
-        """A line of metrics.jsonl, the bar, a checkpoint. texts: for samples.txt. warnings: (kind, text), one of a kind."""
-        seconds, state, config = time.perf_counter() - self.started, self.state, self.config
-        state["step"], state["seconds"] = state["step"] + 1, state["seconds"] + seconds
-        step, bad = state["step"], self.left_out
-        state["bad_in_a_row"] = [*state["bad_in_a_row"], bad] if bad else []
-        line = {"step": step, "seconds": state["seconds"], **numbers, "nonfinite_updates": bad}
-        line["peak_memory_gb"] = peak_memory(self.model.embed.weight.device)
-        if config.eval_every and step % config.eval_every == 0:
-            line["greedy_accuracy"] = evaluate(self.model, self.tests, config)["greedy_accuracy"]
-        self.append("metrics.jsonl", line)
-        for kind, text in warnings:
-            if kind not in state["warned"]:
-                state["warned"].append(kind)
-                tqdm.write(f"warning: at step {step} {text}")
-        if texts and step % 5 == 1 and rank() == 0:
+    def stop_clock(self):
+        """The seconds of this step so far, which `record` counts as its time."""
+        self.seconds = time.perf_counter() - self.started
+        return self.seconds
+
+    def is_evaluation_due(self, step):
+        """Whether --eval-every asks for an evaluation behind this step."""
+        return self.config.eval_every > 0 and step % self.config.eval_every == 0
+
+    def evaluate(self, out=None):
+        """Greedy accuracy of the full model on the test problems, as `evaluate.evaluate` has it."""
+        return evaluate(self.model, self.tests, self.config, out=out)
+
+    def record(self, numbers: dict, texts: Iterable[str] = (), warnings: Iterable = ()):
+        """A line of metrics.jsonl and of the bar; texts: for samples.txt, every fifth step.
+
+        warnings: (name, text), each name is printed once in a run.
+        """
+        state = self.state
+        state["step"] += 1
+        state["seconds"] += self.seconds
+        state["bad_steps"] = state["bad_steps"] + 1 if self.nonfinite_updates else 0
+        line = {
+            "step": state["step"],
+            "seconds": state["seconds"],
+            **numbers,
+            "nonfinite_updates": self.nonfinite_updates,
+        }
+        for name, text in warnings:
+            if name not in state["warned"]:
+                state["warned"].append(name)
+                tqdm.write(f"warning: at step {state['step']} {text}")
+        shown = [name for name in ("reward", "accuracy", "loss", "policy_loss") if name in line]
+        self.bar.set_postfix({name: f"{line[name]:.3f}" for name in shown}, refresh=False)
+        if rank() > 0:
+            return
+        for name, value in line.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                line[name] = None  # JSON has no nan
+        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        if texts and state["step"] % 5 == 1:
             with (self.out / "samples.txt").open("a", encoding="utf-8") as file:
-                file.writelines(f"--- step {step}, {text}" for text in texts)
-        if bad:
-            self.append("bad_batches.jsonl", {"problems": problems, **line})
-        shown = ("reward", "accuracy", "loss", "policy_loss")
-        self.bar.set_postfix({name: f"{line[name]:.3f}" for name in shown if name in line}, refresh=False)
-        late = self.saved + SAVE_SECONDS < time.monotonic()
-        due = step % config.save_every == 0 if config.save_every else gather(late)[0]
-        if due and step < self.last and not bad and not self.stopped():
-            self.save()
+                file.writelines(f"--- step {state['step']}, {text}" for text in texts)
 
-    def append(self, log: str, line: dict):
-        """One more line of JSON, from the first process; a number that is not finite becomes null."""
-        if rank() == 0:
-            line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-            with (self.out / log).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+    def is_save_due(self, step):
+        """Whether a checkpoint is due: not of a step with bad numbers, nor just before the end."""
+        if self.config.save_every:
+            is_due = step % self.config.save_every == 0
+        else:
+            is_late = time.monotonic() - self.last_save > SAVE_SECONDS
+            is_due = all_gather(is_late)[0]
+        is_last = step == self.last_step or self.stop_signal() > 0
+        return is_due and not is_last and not self.nonfinite_updates
 
     def save(self):
-        """The Hugging Face files, then the commit: trainer.pt, all that a resumed run needs. Each is whole, old or new."""
-        weights, moments = get_state_dict(self.model, self.optimizer, options=WHOLE)  # on the first process
+        """Write all files beside the old ones, then move them into their places.
+
+        Each is whole, old or new. trainer.pt holds all that a resumed run needs; it is renamed
+        last, so that it never goes before its weights. Only in the first save it is renamed first:
+        a kill then leaves something to resume.
+        """
+        # On the first process, whole; the others hold nothing.
+        weights, moments = get_state_dict(self.model, self.optimizer, options=UNSHARDED)
+        new, trainer = self.out / ".new", self.out / "trainer.pt"
+        has_checkpoint = trainer.exists()
         if rank() == 0:
-            new, logs = self.out / ".new", [self.out / name for name in LOGS if (self.out / name).exists()]
-            state = self.fixed | {"state": self.state, "weights": weights, "optimizer": moments}
+            checkpoint = {
+                "stage": self.stage,
+                "config": asdict(self.config),
+                "contents": self.contents,
+                "steps": self.last_step,
+                "state": self.state,
+                "weights": weights,
+                "optimizer": moments,
+                "log_sizes": {log.name: log.stat().st_size for log in self.logs()},
+            }
             try:
                 shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
                 self.model.save_pretrained(new, weights)
-                torch.save(state | {"log_sizes": {log.name: log.stat().st_size for log in logs}}, new / "trainer.pt")
-                for file in (*new.iterdir(), *logs):
+                others = list(new.iterdir())
+                torch.save(checkpoint, new / "trainer.pt")
+                for file in (*new.iterdir(), *self.logs()):
                     with file.open("rb+") as opened:
                         os.fsync(opened.fileno())
-                begun = (self.out / "trainer.pt").exists()  # if not, it comes first: a kill leaves something to resume
-                for file in sorted(new.iterdir(), key=lambda file: (file.name == "trainer.pt") == begun):
+                ours = [new / "trainer.pt"]
+                for file in others + ours if has_checkpoint else ours + others:
                     os.replace(file, self.out / file.name)
             except Exception as error:  # OSError, and what torch and safetensors make of it
                 reason = " ".join(str(error).split())[:200]
-                raise InputError(f"{self.out}: cannot save ({reason}); the checkpoint before stays") from error
+                rest = "the one before stays" if has_checkpoint else "there is none yet"
+                raise InputError(f"{self.out}: no checkpoint ({reason}); {rest}") from error
             finally:
                 shutil.rmtree(new, ignore_errors=True)
-        gather(None)  # the others wait for it: torchrun ends all processes when one leaves
-        self.saved = time.monotonic()
+        barrier()  # torchrun ends all processes when one leaves
+        self.last_save = time.monotonic()
 
-    def finish(self, curves: tuple[str, ...], then: str) -> dict:
-        """The last checkpoint, evaluation and figure; a run that was asked to stop, or whose numbers went bad, ends here."""
-        state, out = self.state, self.out
-        if len(bad := state["bad_in_a_row"]) >= BAD_IN_A_ROW:  # what became of the weights replaces nothing
-            what = f"{sum(bad)} updates of {len(bad)} batches in a row, up to step {state['step']}, were not finite"
-            raise FloatingPointError(f"{out}: {what}; see bad_batches.jsonl, try a lower --lr; the last save stays")
-        self.save()
-        if self.stopped():
-            words = [*sys.argv, *(() if "--resume" in sys.argv else ("--resume",))]
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this node
-            many = f"torchrun{' --nnodes ...' * (local < world_size())} --nproc-per-node {local}"
-            start = "python" if world_size() == 1 else many
-            print(f"stopped after step {state['step']}, saved in {out}; go on with: {start} {shlex.join(words)}")
-            sys.exit(128 + self.stop[0])
-        print(f"checkpoint: {out}    next: {then}")
-        result = evaluate(self.model, self.tests, self.config, out=out)
-        if rank() == 0:
-            draw_curves(out, curves)
-        low, high = result["greedy_interval"]
-        outcomes = ", ".join(f"{name.replace('_', ' ')} {x:.3f}" for name, x in result["greedy_outcomes"].items())
-        print(
-            f"greedy accuracy on {result['problems']} test problems: {result['greedy_accuracy']:.3f} "
-            f"(95% interval {low:.3f}-{high:.3f}; {outcomes}); trained for {state['seconds']:.0f} s"
-        )
+    def finish(self, curves: tuple[str, ...], next_command: str) -> dict:
+        """The last checkpoint, the evaluation and the figure; returns what evaluation.json holds.
+
+        FloatingPointError: numbers went bad, and nothing replaces the last checkpoint.
+        """
+        try:
+            step = self.state["step"]
+            if self.state["bad_steps"] >= BAD_STEPS:
+                what = f"{BAD_STEPS} steps in a row, up to {step}, had numbers that are not finite"
+                raise FloatingPointError(
+                    f"{self.out}: {what}; try a lower --lr; the last checkpoint stays"
+                )
+            self.save()
+            if not self.stop_signal():
+                print(f"checkpoint: {self.out}    next: {next_command}")
+                result = self.evaluate(self.out)
+                if rank() == 0:
+                    draw_curves(self.out, curves)
+            if number := self.stop_signal():
+                print(f"stopped after step {step}, saved; go on with: {resume_command()}")
+                sys.exit(128 + number)
+        finally:
+            self.release_signals()
+        print(f"trained for {self.state['seconds']:.0f} s")
+        print_table([result])
         return result
+
+
+def make_optimizer(model, weight_decay, beta2):
+    """AdamW over fp32 (or float64) master weights; biases and norms do not decay."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    matrices = {"params": [p for p in weights if p.dim() >= 2], "weight_decay": weight_decay}
+    vectors = {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, vectors], betas=(0.9, beta2), fused=True)
+
+
+@functools.cache  # a process may take its folder twice
+def lock(folder):
+    """Keep a folder to this process until it ends, however it ends."""
+    try:
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        way_out = "in use by another run: name another folder"
+        raise InputError(f"--out {folder} is {way_out}") from error
+    except OSError:
+        pass  # some network file systems can lock no folder
+
+
+def resume_command():
+    """The command that goes on with this run."""
+    start = "python" if world_size() == 1 else f"torchrun --nproc-per-node {world_size()}"
+    words = [word for word in sys.argv if word != "--resume"]
+    return f"{start} {shlex.join(words)} --resume"
 
 
 if __name__ == "__main__":
