@@ -1,3 +1,15 @@
+"""What the tests share. Read them in this order:
+
+1. test_equations.py      PPO and the sampler once more, by hand and naively; beside rl.py
+2. test_corrections.py    the theorem: every completion of small problems is enumerated
+3. test_rollout.py        the picture at the top of rollout.py, and what the sampler promises
+4. test_model.py          the decoder against Hugging Face's, layer skipping, the cache
+5. test_grammar.py        what counts as an answer; test_sandbox.py: what a program may not do
+6. test_rl.py             runs of both stages, and what breaks silently; with test_warmup.py
+7. all others             evaluation, flags, resuming and signals, several processes
+tools/ has what is started by hand: speed, endurance, mutations of single lines, studies.
+"""
+
 import os
 import subprocess
 import sys
@@ -7,9 +19,9 @@ import pytest
 import torch
 
 PROJECT = Path(__file__).parent.parent
-sys.path.insert(0, str(PROJECT))
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "tools")]
 
-torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where the cores are busy
+torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
 
 
 def pytest_collection_modifyitems(items):
@@ -19,7 +31,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def no_curves():
-    """A figure takes longer than a short run: curves.png is empty but in the test that sets the real function again."""
+    """A figure takes longer than a short run; a test of figures sets the real function again."""
     with pytest.MonkeyPatch.context() as patch:
         if "warmup" in sys.modules:
             patch.setattr("warmup.draw_curves", lambda run, keys: (run / "curves.png").touch())
@@ -28,16 +40,26 @@ def no_curves():
 
 @pytest.fixture(scope="session", autouse=True)
 def main_job(request, tmp_path_factory):
-    """The README's two commands, shortened, on a core beside the other tests; the end-to-end test waits for them."""
+    """The README's two commands, shortened, on a core beside the other tests.
+
+    The folder and the process; None where no end-to-end test was asked for.
+    """
     if not any(item.name.startswith("test_end_to_end") for item in request.session.items):
         yield None
         return
     folder = tmp_path_factory.mktemp("main_job")
-    warmup, rl = (f"exec {sys.executable} {PROJECT / name}.py" for name in ("warmup", "rl"))
-    commands = f"({warmup} --steps 900) && {rl} --steps 16 --skip-ratio 0.25"
+    warmup = f"{sys.executable} {PROJECT}/warmup.py --steps 700"
+    rl = f"{sys.executable} {PROJECT}/rl.py --steps 12 --skip-ratio 0.25"
     with (folder / "log").open("w") as log:
-        quiet = {"stdout": log, "stderr": log, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "start_new_session": True}
-        job = subprocess.Popen(commands, shell=True, cwd=folder, **quiet)
+        job = subprocess.Popen(
+            f"{warmup} && exec {rl}",
+            shell=True,
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
     yield folder, job
     if job.poll() is None:
         os.killpg(job.pid, 9)
@@ -45,7 +67,7 @@ def main_job(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory):
-    """A warm-up checkpoint after 20 steps: enough for everything that does not measure accuracy."""
+    """A warm-up checkpoint after 20 steps: enough for all that does not measure accuracy."""
     import warmup
 
     out = tmp_path_factory.mktemp("runs") / "warmup"
@@ -55,17 +77,30 @@ def toy_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_run(toy_run, tmp_path_factory):
-    """Four narrow random layers under the tokenizer of toy_run; many ids end a completion, so that all lengths occur."""
+    """Four narrow random layers under the tokenizer of toy_run.
+
+    Many ids end a completion, so that all lengths occur.
+    """
     from transformers import LlamaConfig
 
     from model import Decoder, load
 
-    files = load(toy_run, None, None).files
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
-    sizes |= {"vocab_size": 400, "max_position_embeddings": 256, "initializer_range": 0.5}
-    model = Decoder(LlamaConfig(**sizes, pad_token_id=0, bos_token_id=None, eos_token_id=list(range(1, 400, 9))))
-    model.files = files
+    model = Decoder(
+        LlamaConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            vocab_size=600,
+            max_position_embeddings=256,
+            initializer_range=0.5,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=list(range(1, 600, 9)),
+        )
+    )
+    model.files = load(toy_run, None, None).files
     out = tmp_path_factory.mktemp("runs") / "small"
     model.save_pretrained(out)
     (out / "run.json").write_bytes((toy_run / "run.json").read_bytes())
@@ -74,12 +109,18 @@ def small_run(toy_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rewards_that_differ():
-    """Barely trained checkpoints earn nothing; without rewards there would be no advantages and no gradient."""
+    """Completion n has no answer, is right, or is wrong, in turn.
+
+    Barely trained checkpoints earn nothing: no advantages, and no gradient.
+    """
     import rl
 
-    def varied(*args, real=rl.grade):
+    real = rl.grade
+
+    def varied(*args):
         grades = real(*args)
-        return grades._replace(rewards=torch.tensor([(0.0, 1.0, 0.1)[n % 3] for n in range(len(grades.texts))]))
+        outcomes = [("no_answer", "right", "wrong")[n % 3] for n in range(len(grades.texts))]
+        return grades._replace(outcomes=outcomes)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rl, "grade", varied)
