@@ -1,45 +1,92 @@
 """rollout.py: what is sampled, what is recorded of it, and that neither depends on the batch."""
 
-import contextlib
+import copy
 
 import pytest
 import torch
 from families import CONFIGS, random_hf_model
+from layers import Config, main
 from tokenizers import processors
 
-from model import Decoder, load, measure_layers, nested_kl, sample_skip
+from model import Decoder, load, measure_layers, nested_kl, sample_skip, skip_pool
 from reward import InputError, Problem, load_problems
 from rollout import (
-    LOOK_EVERY,
     SYSTEM_PROMPTS,
-    Config,
-    NestedConfig,
     Rollout,
-    SharedConfig,
+    Sampler,
     draw,
     encode_prompts,
+    fitting,
     grade,
-    graphed,
-    main,
     prompt_seeds,
     sample,
-    skip_pool,
-    token_logp,
 )
+from warmup import collate
 
 INNER = torch.tensor([False, True, False, False])
-PROMPTS = [torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 9, 3, 12)]
+IDS = torch.randint(0, 97, (51,), generator=torch.Generator().manual_seed(0))
+PROMPTS = [ids.tolist() for ids in IDS.split([5, 33, 1, 12])]
+EOS = [1, 2, 3]
+PAD = 0
+
+
+def make_decoder(family="qwen2"):
+    torch.manual_seed(0)
+    return Decoder(CONFIGS[family]())
 
 
 @pytest.fixture(scope="module")
 def decoder():
-    torch.manual_seed(0)
-    return Decoder(CONFIGS["qwen2"]()).double()
+    return make_decoder().double()
 
 
 def run(decoder, prompts=PROMPTS, **changes):
-    flags = {"max_new_tokens": 20, "eos_id": [1, 2, 3], "pad_id": 0, "num_samples": 3, "seed": 4}
-    return sample(decoder, prompts, **(flags | changes))
+    flags = {
+        "max_new_tokens": 20,
+        "eos_id": EOS,
+        "pad_id": PAD,
+        "num_samples": 3,
+        "seed": 4,
+    }
+    return sample(decoder, prompts, **{**flags, **changes})
+
+
+def run_as_gpu(decoder, every=16, **changes):
+    """`run` with the steps of a GPU: a power of two rows, all columns, ends are noticed late."""
+    real = Sampler.__init__
+
+    def with_gpu_steps(self, *args):
+        real(self, *args)
+        self.graphed_decode = self.decode
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "__init__", with_gpu_steps)
+        patch.setattr("rollout.LOOK_EVERY", every)
+        return run(decoder, **changes)
+
+
+@torch.no_grad()
+def log_probs(decoder, tokens, skip=None, temperature=1.0):
+    """One pass: the log-probabilities of every next token, (N, T-1, vocab)."""
+    logits = decoder.logits(decoder(tokens, skip))[:, :-1]
+    return (logits / temperature).log_softmax(-1)
+
+
+def logp_gap(decoder, rollout, **flags):
+    """logp_behav minus what one pass makes of it, (actions,)."""
+    logp = log_probs(decoder, rollout.tokens, rollout.skip, **flags)
+    logp = logp.gather(-1, rollout.tokens[:, 1:, None]).squeeze(-1)
+    return (rollout.logp_behav - logp)[rollout.action_mask]
+
+
+def assert_same(a, b):
+    """Equal completions, and equal log-probabilities up to float64 rounding."""
+    for name in ("tokens", "lengths", "prompt_lens", "action_mask", "finished"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert (a.logp_behav - b.logp_behav).abs().max() < 1e-12
+
+
+# ---- what is sampled, and what is recorded of it -------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["qwen2", "galactica", "llama3"])
@@ -47,418 +94,389 @@ def test_greedy_equals_generate(family, tmp_path):
     hf = random_hf_model(family)
     hf.save_pretrained(tmp_path)
     rollout = run(Decoder.from_pretrained(tmp_path), num_samples=1, temperature=0)
-    for row, prompt in enumerate(PROMPTS):
-        inputs = torch.tensor([prompt])  # with its mask: generate() would take an id 0 in the prompt for padding
-        flags = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": [1, 2, 3], "pad_token_id": 0}
-        expected = hf.generate(inputs, attention_mask=torch.ones_like(inputs), **flags)[0]
-        assert rollout.tokens[row, : rollout.lengths[row]].tolist() == expected.tolist()
-        assert len(expected) == rollout.lengths[row]
+    for prompt, completion in rollout.pairs():
+        inputs = torch.tensor([prompt])
+        expected = hf.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),  # else an id 0 would be read as padding
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+        )
+        assert prompt + completion == expected[0].tolist()
 
 
 @pytest.mark.parametrize("skip", [None, INNER, ~INNER], ids=["full", "inner", "first and last"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0])
-def test_logp_behav_equals_one_masked_forward_in_fp32(skip, temperature):
-    torch.manual_seed(0)
-    decoder = Decoder(CONFIGS["qwen2"]())
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [
+        (torch.float64, 1e-12),
+        (torch.float32, 1e-5),
+    ],
+)
+def test_logp_behav_equals_one_masked_forward(skip, temperature, dtype, rounding):
+    decoder = make_decoder().to(dtype)
     rollout = run(decoder, skip=skip, temperature=temperature)
-    with torch.no_grad():
-        logits = decoder.logits(decoder(rollout.tokens, skip))[:, :-1] / (temperature or 1.0)
-    logp = token_logp(logits, rollout.tokens[:, 1:])
-    assert (logp - rollout.logp_behav)[rollout.action_mask].abs().max() < 1e-5
-    assert (rollout.logp_behav[~rollout.action_mask] == 0).all()
+    gap = logp_gap(decoder, rollout, temperature=temperature or 1.0)
+    assert gap.abs().max() < rounding
 
 
-def assert_same(a: Rollout, b: Rollout):
-    """Equal completions, and equal log-probabilities up to float64 rounding."""
-    for name in ("tokens", "lengths", "prompt_lens", "action_mask", "finished"):
-        assert torch.equal(getattr(a, name), getattr(b, name)), name
-    assert (a.logp_behav - b.logp_behav).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("skip", [None, INNER], ids=["full", "nested"])
-def test_completions_do_not_depend_on_batch_size_or_slot(decoder, skip):
-    whole = run(decoder, skip=skip)
-    for max_rows in (1, 2, 5, 11, 12, 100):
-        assert_same(run(decoder, skip=skip, max_rows=max_rows), whole)
-    seeds = prompt_seeds(4, len(PROMPTS))
-    reversed_ = run(decoder, PROMPTS[::-1], skip=skip, seed=seeds[::-1])
-    for i in range(len(PROMPTS)):
-        for j in range(3):
-            a, b = 3 * i + j, 3 * (len(PROMPTS) - 1 - i) + j
-            assert whole.tokens[a, : whole.lengths[a]].tolist() == reversed_.tokens[b, : reversed_.lengths[b]].tolist()
-
-
-def test_the_picture_holds(decoder):
+@pytest.mark.parametrize("run", [run, run_as_gpu])
+def test_the_picture_holds(run, decoder):
     rollout = run(decoder)
     N, T = rollout.tokens.shape
-    assert N == 12 and rollout.action_mask.shape == rollout.logp_behav.shape == (N, T - 1)
-    assert rollout.lengths.max() == T
-    for n in range(N):
-        start, end = int(rollout.prompt_lens[n]), int(rollout.lengths[n])
-        assert rollout.tokens[n, :start].tolist() == PROMPTS[n // 3]
-        assert rollout.action_mask[n].nonzero().flatten().tolist() == list(range(start - 1, end - 1))
-        assert (rollout.tokens[n, end:] == 0).all()
-        assert bool(rollout.finished[n]) == (int(rollout.tokens[n, end - 1]) in (1, 2, 3))
-        assert not set(rollout.tokens[n, start : end - 1].tolist()) & {1, 2, 3}
+    assert T == rollout.lengths.max()
+    assert rollout.action_mask.shape == rollout.logp_behav.shape == (N, T - 1)
+    assert (rollout.logp_behav[~rollout.action_mask] == 0).all()
+    for n, tokens in enumerate(rollout.tokens.tolist()):
+        start = int(rollout.prompt_lens[n])
+        end = int(rollout.lengths[n])
+        actions = rollout.action_mask[n].nonzero().flatten().tolist()
+        assert tokens[:start] == PROMPTS[n // 3]
+        assert actions == list(range(start - 1, end - 1))
+        assert not set(tokens[start : end - 1]) & set(EOS)
+        assert tokens[end:] == [PAD] * (T - end)
+        assert rollout.finished[n] == (tokens[end - 1] in EOS)
         assert rollout.finished[n] or end - start == 20
-    assert 0 < rollout.finished.sum() < N  # both kinds occur, or the test shows nothing
+    assert 0 < rollout.finished.sum() < N  # both occur, or the test shows nothing
 
 
 def test_a_sampled_pad_id_stays_in_the_mask_and_an_eos_in_the_prompt_ends_nothing(decoder):
     rollout = run(decoder, [[1, 7, 2], [5, 1]], num_samples=40, pad_id=8)
-    inside = rollout.action_mask & (rollout.tokens[:, 1:] == 8)
-    assert inside.any()
+    assert (rollout.action_mask & (rollout.tokens[:, 1:] == 8)).any()
     assert (rollout.lengths - rollout.prompt_lens).double().mean() > 3
     assert rollout.tokens[:40, :3].tolist() == [[1, 7, 2]] * 40
 
 
-def test_samples_follow_the_softmax_and_differ_from_each_other(decoder):
-    count = 4000
-    rollout = run(decoder, [PROMPTS[0]], num_samples=count, max_new_tokens=1)
-    with torch.no_grad():
-        expected = decoder.logits(decoder(torch.tensor([PROMPTS[0]]))[0, -1]).softmax(-1) * count
-    observed = torch.bincount(rollout.tokens[:, -1], minlength=97).double()
-    chi_square = ((observed - expected) ** 2 / expected).sum()
-    assert chi_square < 150  # 96 degrees of freedom: exceeded with probability 4e-4
-
-
-def test_a_skipped_layer_does_no_work(decoder):
-    calls = []
-    hooks = [layer.register_forward_hook(lambda *_, i=i: calls.append(i)) for i, layer in enumerate(decoder.layers)]
-    run(decoder, skip=INNER)
-    for hook in hooks:
-        hook.remove()
-    assert set(calls) == {0, 2, 3}
-
-
-def test_finished_rows_leave_the_batch(decoder):
-    rows = []
-    hook = decoder.layers[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    rollout = run(decoder, num_samples=30)
-    hook.remove()
-    assert rows[0] == len(PROMPTS)  # a prompt is prefilled once, whatever the number of samples
-    assert sum(rows[1:]) < 1.4 * int(rollout.action_mask.sum())
-    assert rows[-1] < rows[1]
-
-
-def test_no_eos_means_full_length(decoder):
-    rollout = run(decoder, eos_id=[])
-    assert (rollout.lengths - rollout.prompt_lens == 20).all() and not rollout.finished.any()
-
-
-@pytest.mark.parametrize(("max_rows", "every"), [(1, 16), (5, 3), (12, 16)])
-@pytest.mark.parametrize("family", ["qwen2", "opt"])
-def test_the_step_of_a_gpu_completes_alike(family, max_rows, every, monkeypatch):
-    """Rows bucketed, all columns, ended rows noticed late: as a CUDA graph wants it, without the graph."""
-    torch.manual_seed(0)
-    decoder = Decoder(CONFIGS[family]()).double()
-    room = 64 - 12 if family == "opt" else 20  # up to the last learned position
-    flags = {"skip": INNER, "max_new_tokens": room, "eos_id": [1, 2, 3, 4]}
-    expected = run(decoder, **flags)
-    monkeypatch.setitem(LOOK_EVERY, "cpu", every)
-    assert_same(run(decoder, max_rows=max_rows, **flags), expected)
-    assert 0 < expected.finished.sum() < 12
-
-
-def test_prompts_of_very_different_lengths(decoder):
-    prompts = [torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 70, 2, 33)]
-    together = run(decoder, prompts, max_rows=5)
-    seeds = prompt_seeds(4, 4)
-    for i, prompt in enumerate(prompts):
-        alone = run(decoder, [prompt], seed=[seeds[i]])
-        for j in range(3):
-            n = 3 * i + j
-            assert together.tokens[n, : together.lengths[n]].tolist() == alone.tokens[j, : alone.lengths[j]].tolist()
-
-
-@pytest.mark.parametrize("every", [1, 16])
-def test_eos_as_the_first_token_ends_every_row_at_once(decoder, every, monkeypatch):
-    monkeypatch.setitem(LOOK_EVERY, "cpu", every)
-    for max_rows in (1, 5, None):
-        rollout = run(decoder, eos_id=list(range(97)), max_rows=max_rows)
-        assert (rollout.lengths == rollout.prompt_lens + 1).all() and rollout.finished.all()
-        assert rollout.action_mask.sum() == 12 and rollout.tokens.shape[1] == 13
-        assert_same(rollout, run(decoder, max_new_tokens=1, eos_id=list(range(97))))
-
-
-def test_a_prompt_runs_once_for_all_its_samples(decoder, monkeypatch):
-    monkeypatch.setattr("rollout.PREFILL", 2)
-    prompts = []
-
-    def count(_, inputs):
-        if inputs[0].shape[1] > 1:
-            prompts.append(len(inputs[0]))
-
-    hook = decoder.register_forward_pre_hook(count)
-    run(decoder)
-    hook.remove()
-    assert prompts == [2, 2]
-
-
-def test_waiting_rows_take_the_place_of_ended_ones(decoder):
-    rows = []
-    hook = decoder.layers[0].register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[:2]))
-    rollout = run(decoder, num_samples=30, max_rows=16)
-    hook.remove()
-    rows = [n for n, columns in rows if columns == 1]
-    assert max(rows) <= 16 and sum(rows) == int(rollout.action_mask.sum()) - 120  # the prefill draws the first tokens
-    waiting = rows[: len(rows) // 2]
-    assert sum(waiting) > 0.9 * 16 * len(waiting)
+def test_draw_never_takes_a_token_of_probability_zero():
+    logits = torch.full((3, 5), -torch.inf)
+    logits[:, [1, 3]] = 0.0
+    uniform = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    tokens, _ = draw(logits, uniform, 1.0)
+    assert tokens.tolist() == [1, 3, 3]
 
 
 def test_bf16_sampling_is_near_the_fp32_log_probabilities():
-    torch.manual_seed(0)
-    decoder = Decoder(CONFIGS["qwen2"]())
+    decoder = make_decoder()
     decoder.autocast = True  # --dtype bfloat16
     rollout = run(decoder, skip=INNER, num_samples=20)
     assert rollout.logp_behav.dtype == torch.float32
     decoder.autocast = False
-    with torch.no_grad():
-        logp = token_logp(decoder.logits(decoder(rollout.tokens, INNER))[:, :-1], rollout.tokens[:, 1:])
-    gap = (rollout.logp_behav - logp)[rollout.action_mask]  # (actions,)
-    assert 0 < gap.abs().mean() < 0.02 and gap.abs().max() < 0.1 and gap.mean().abs() < 0.002
+    gap = logp_gap(decoder, rollout)
+    assert 0 < gap.abs().mean() < 0.02
+    assert gap.abs().max() < 0.1
+    assert gap.mean().abs() < 0.002
 
 
-def test_a_rollout_can_be_trained_on(decoder):
-    rollout = run(decoder)
-    assert not any(t.is_inference() for t in vars(rollout).values() if t is not None)
-    (decoder(rollout.tokens).sum() * rollout.logp_behav.sum()).backward()
-    decoder.zero_grad()
-
-
-def test_graphed_runs_one_step_a_call_and_captures_once_a_size(monkeypatch):
-    """With a stand-in for the CUDA calls: what is run while capturing computes nothing, a replay does."""
-    done, captured, capturing = [], [], []
-
-    class Graph:
-        def replay(self):
-            done.append(self.size)
-
-    @contextlib.contextmanager
-    def capture(graph, pool):
-        capturing.append(graph)
-        yield
-        capturing.pop()
-
-    class Stream:
-        def wait_stream(self, other):
-            pass
-
-    def step(*size):
-        if capturing:
-            capturing[-1].size = size
-            captured.append(size)
-        else:
-            done.append(size)
-
-    for name, stand_in in {
-        "CUDAGraph": Graph,
-        "graph": capture,
-        "graph_pool_handle": lambda: None,
-        "Stream": Stream,
-        "stream": lambda _: contextlib.nullcontext(),
-        "current_stream": Stream,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    calls = [(4, 9), (4, 9), (2, 9), (4, 9), (2, 9)]
-    replay = graphed(step)
-    for size in calls:
-        replay(*size)
-    assert done == calls and captured == [(4, 9), (2, 9)]
-
-
-def test_draw_never_takes_a_token_of_probability_zero():
-    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, 5)
-    uniform = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert draw(logits, uniform, 1.0)[0].tolist() == [1, 3, 3]
-
-
-def test_a_cut_completion_earns_nothing(toy_run):
-    model = load(toy_run, None, None)
-    text = model.tokenizer("That makes 8.\nTherefore, the answer is: 8").input_ids
-    tokens = torch.tensor([[5, *text], [5, *text]])
-    ends = torch.full((2,), tokens.shape[1])
-    rollout = Rollout(tokens, torch.ones(2, dtype=torch.int64), ends, None, None, torch.tensor([True, False]), None)
-    texts, answers, outcomes, rewards = grade(rollout, [Problem("q", "", "8")], model, SharedConfig())
-    assert rewards.tolist() == [1.0, 0.0] and texts[0] == texts[1]
-    assert answers == ["8", None] and outcomes == ["right", "cut"]
-
-
-def test_programs_are_run_and_graded_by_what_they_return(toy_run):
-    model = load(toy_run, None, None)
-    bodies = ("return 4 + 4", "return 7", "return 'eight'", "while True: pass", "return 8")
-    rows = [model.tokenizer(f"def solution():\n    {body}").input_ids for body in bodies]
-    ends = torch.tensor([1 + len(row) for row in rows])
-    tokens = torch.tensor([[5, *row, *[0] * (int(ends.max()) - 1 - len(row))] for row in rows])
-    ended = torch.tensor([True] * 4 + [False])
-    rollout = Rollout(tokens, torch.ones(5, dtype=torch.int64), ends, None, None, ended, None)
-    grades = grade(rollout, [Problem("q", "", "8")], model, SharedConfig(engine="python"))
-    assert grades.rewards.tolist() == pytest.approx([1.0, 0.1, 0.0, 0.0, 0.0])
-    assert grades.outcomes == ["right", "wrong", "error", "timeout", "cut"]
-    assert grades.answers == ["8", "7", None, None, None]
-
-
-def test_kl_of_nested_models_is_exact_over_the_vocabulary_and_a_mean_over_completion_tokens(decoder):
+def test_kl_of_nested_models_is_exact_over_the_vocabulary_and_a_mean_over_tokens(decoder):
     nested = run(decoder, skip=INNER)
-    with torch.no_grad():
-        log_mu = decoder.logits(decoder(nested.tokens, INNER))[:, :-1].log_softmax(-1)
-        log_pi = decoder.logits(decoder(nested.tokens))[:, :-1].log_softmax(-1)
-    expected = torch.nn.functional.kl_div(log_pi, log_mu, reduction="none", log_target=True).sum(-1)  # KL(mu || pi)
-    kl = nested_kl(decoder, nested.pairs(), torch.stack([torch.zeros_like(INNER), INNER]))
-    assert kl[0] == 0 and abs(kl[1] - expected[nested.action_mask].mean()) < 1e-12 and kl[1] > 0
+    log_mu = log_probs(decoder, nested.tokens, INNER)
+    log_pi = log_probs(decoder, nested.tokens)
+    kl = (log_mu.exp() * (log_mu - log_pi)).sum(-1)  # (N, T-1)
+    expected = kl[nested.action_mask].mean().item()
+    masks = torch.stack([torch.zeros_like(INNER), INNER])
+    measured = nested_kl(decoder, nested.pairs(), masks).tolist()
+    assert measured == pytest.approx([0, expected], abs=1e-12)
+    assert expected > 0
 
 
-def test_cheap_layers_are_twice_as_many_as_are_skipped_and_those_that_are_worth_least(toy_run):
-    model = load(toy_run, None, None)
-    model.hf_config.layer_kl = [0.0, 0.3, 0.1, 8.0, 0.2, 0.4, 9.0, 0.0]  # never the first or the last
-    cheap = NestedConfig(skip_layers="cheap")
-    assert skip_pool(model, 1, cheap) == [2, 4] and skip_pool(model, 2, cheap) == [2, 4, 1, 5]
-    assert skip_pool(model, 2, NestedConfig()) == [1, 2, 3, 4, 5, 6]
-    assert {sample_skip(8, 0.125, pool=[2, 4]).nonzero().item() for _ in range(60)} == {2, 4}
-    assert skip_pool(model, 2, NestedConfig(skip_layers="5,3")) == [5, 3]
-    for wrong in ("0,2", "1,1", "1,7"):
-        with pytest.raises(InputError, match="different numbers from 1 to 6"):
-            skip_pool(model, 1, NestedConfig(skip_layers=wrong))
-    with pytest.raises(InputError, match="must be inner, cheap, or numbers"):
-        NestedConfig(skip_layers="all")
-    assert (NestedConfig(task="toy-long").skip_layers, NestedConfig(task="svamp").skip_layers) == ("inner", "cheap")
+# ---- what the batch does not change, and how little of it is computed ----------------------------
 
 
-def test_what_layers_are_worth_is_measured_once_and_carried_with_the_checkpoint(toy_run, tmp_path):
-    model = load(toy_run, None, None)
-    pairs = run(model).pairs()
-    measure_layers(model, pairs)
-    worth = model.hf_config.layer_kl
-    assert worth[2] == nested_kl(model, pairs, torch.arange(8)[None] == 2).item() > 0
-    measure_layers(model, [([1], [2])])
-    model.save_pretrained(tmp_path)
-    assert load(tmp_path, None, None).hf_config.layer_kl == model.hf_config.layer_kl == worth
+@pytest.mark.parametrize("skip", [None, INNER], ids=["full", "nested"])
+def test_completions_depend_neither_on_slots_nor_on_neighbours(decoder, skip):
+    whole = run(decoder, skip=skip)
+    for max_rows in (1, 2, 5, 11, 12, 100):
+        assert_same(run(decoder, skip=skip, max_rows=max_rows), whole)
+    alone = []
+    seeds = prompt_seeds(4, len(PROMPTS))
+    for prompt, seed in zip(PROMPTS, seeds, strict=True):
+        rollout = run(decoder, [prompt], skip=skip, seed=[seed])
+        alone += rollout.pairs()
+    assert alone == whole.pairs()
 
 
-def test_prompts_beyond_the_context_are_refused(decoder):
-    with pytest.raises(ValueError, match="context"):
-        run(decoder, max_new_tokens=40000)
+@pytest.mark.parametrize(("max_rows", "every"), [(1, 16), (5, 3), (12, 16)])
+@pytest.mark.parametrize(
+    ("family", "room"),
+    [
+        ("qwen2", 20),
+        ("opt", 64 - 33),  # up to its last learned position
+    ],
+)
+def test_the_steps_of_a_gpu_complete_alike(family, room, max_rows, every):
+    decoder = make_decoder(family).double()
+    flags = {"skip": INNER, "max_new_tokens": room, "eos_id": [1, 2, 3, 4]}
+    expected = run(decoder, **flags)
+    assert_same(run_as_gpu(decoder, every, max_rows=max_rows, **flags), expected)
+    assert 0 < expected.finished.sum() < 12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_gpu_with_its_graphs_completes_as_the_cpu_does_in_float64(decoder):
+    gpu = copy.deepcopy(decoder).cuda()
+    expected = run(decoder, skip=INNER).pairs()
+    assert run(gpu, skip=INNER, max_rows=5).pairs() == expected
+
+
+@pytest.mark.parametrize("run", [run, run_as_gpu])
+@pytest.mark.parametrize("max_rows", [1, 5, None])
+def test_eos_as_the_first_token_ends_a_row_and_no_eos_means_full_length(run, max_rows, decoder):
+    every_id = list(range(97))
+    for eos_id, length in ((every_id, 1), ([], 20)):
+        rollout = run(decoder, eos_id=eos_id, max_rows=max_rows)
+        assert (rollout.lengths - rollout.prompt_lens == length).all()
+        assert (rollout.finished == (length == 1)).all()
+    at_limit = run(decoder, eos_id=every_id, max_new_tokens=1)
+    assert at_limit.finished.all()
+
+
+@pytest.fixture
+def passes(decoder):
+    """(rows, columns) of every pass of the decoder."""
+    shapes = []
+    hook = decoder.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    yield shapes
+    hook.remove()
+
+
+def test_a_prompt_runs_once_for_all_its_samples_and_ended_rows_leave(decoder, passes):
+    actions = int(run(decoder, num_samples=30).action_mask.sum())
+    assert passes.pop(0) == (4, 33)
+    rows = [rows for rows, _ in passes]
+    assert sum(rows) < 1.1 * actions
+    assert rows == sorted(rows, reverse=True)
+
+
+def test_waiting_rows_take_the_place_of_ended_ones(decoder, passes):
+    run(decoder, num_samples=30, max_rows=16)
+    rows = [rows for rows, columns in passes if columns == 1]
+    busy = rows[: len(rows) // 2]
+    assert max(rows) == 16
+    assert sum(busy) > 0.9 * 16 * len(busy)
+
+
+def test_a_skipped_layer_does_no_work(decoder, monkeypatch):
+    monkeypatch.setattr(decoder.layers[1], "forward", None)
+    run(decoder, skip=INNER)
+    with pytest.raises(TypeError):
+        run(decoder, skip=~INNER)
+
+
+def test_an_empty_prompt_is_refused(decoder):
     with pytest.raises(ValueError, match="empty"):
         run(decoder, [[1], []])
 
 
-def test_the_script_prints_completions_of_both_models_and_what_skipping_does(toy_run, capsys):
-    flags = {"skip_ratio": 0.25, "test_limit": 6, "max_new_tokens": 8, "max_rows": 4, "dtype": "float64"}
-    config = Config(model=str(toy_run), **flags)
-    results = main(config)
-    out = capsys.readouterr().out
-    (pi, _, kl_of_pi), (mu, _, kl_of_mu) = results["pi"], results["mu"]
-    assert kl_of_pi == 0 < kl_of_mu
-    model, problems = load(toy_run, None, "float64"), load_problems("toy", "test", limit=6)
-    skip, prompts = sample_skip(8, 0.25, torch.Generator().manual_seed(0)), encode_prompts(problems, model, config, 8)
-    full, nested = (sample(model, prompts, skip=mask, seed=0, **config.sampling(model)) for mask in (None, skip))
-    assert kl_of_mu == pytest.approx(nested_kl(model, nested.pairs(), skip[None]).item(), abs=1e-12)
-    assert pi.texts == grade(full, problems, model, config).texts != mu.texts
-    assert mu.texts == grade(nested, problems, model, config).texts
-    shown = [
-        f"--- {problem.question} (gold: {problem.answer})\n"
-        f"pi, reward {pi.rewards[n]:g}: {pi.texts[n]!r}\nmu, reward {mu.rewards[n]:g}: {mu.texts[n]!r}\n"
-        for n, problem in enumerate(problems[:4])
-    ]
-    assert "".join(shown) in out
-    worth = nested_kl(model, full.pairs(), torch.eye(8) > 0)
-    for layer in range(8):
-        assert f"{layer:5} {worth[layer]:9.4f} {'left out by mu ' * bool(skip[layer])}" in out
-    assert f"6 problems; mu leaves out layers {skip.nonzero().flatten().tolist()} of 8\n" in out
-    for name, (grades, speed, kl) in results.items():
-        accuracy = grades.outcomes.count("right") / 6
-        assert f"{name}: accuracy {accuracy:.3f}, {speed:,.0f} tokens/s, KL({name}||pi) {kl:.4f} per token\n" in out
+# ---- the layers that mu leaves out ---------------------------------------------------------------
 
 
-# ---- prompts --------------------------------------------------------------------------------------------------------
+def test_cheap_layers_are_twice_as_many_as_are_skipped_and_those_that_cost_least(toy_run):
+    model = load(toy_run, None, None)
+    model.hf_config.layer_kl = [0.0, 0.3, 0.1, 8.0, 0.2, 0.4, 9.0, 0.0]  # ends always stay
+    assert skip_pool(model, 1, "cheap") == [2, 4]
+    assert skip_pool(model, 2, "cheap") == [2, 4, 1, 5]
+    assert skip_pool(model, 2, "inner") == [1, 2, 3, 4, 5, 6]
+    assert skip_pool(model, 2, "5,3") == [5, 3]
+    masks = [sample_skip(8, 0.125, pool=[2, 4]) for _ in range(60)]
+    assert {mask.nonzero().item() for mask in masks} == {2, 4}
+    for layers in ("0,2", "1,1", "1,7"):
+        with pytest.raises(InputError, match="different numbers from 1 to 6"):
+            skip_pool(model, 1, layers)
+
+
+def test_toy_tasks_skip_inner_layers_and_others_cheap_ones(toy_run):
+    for task, pool in (("toy-long", "inner"), ("svamp", "cheap")):
+        assert Config(model=str(toy_run), task=task).skip_layers == pool
+
+
+def test_what_a_layer_costs_is_measured_once_and_carried_with_the_checkpoint(toy_run, tmp_path):
+    model = load(toy_run, None, None)
+    pairs = run(model).pairs()
+    measure_layers(model, pairs)
+    costs = model.hf_config.layer_kl
+    each_alone = torch.eye(8) > 0
+    assert costs == nested_kl(model, pairs, each_alone).tolist()
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path, None, None)
+    measure_layers(again, [([1], [2])])
+    assert again.hf_config.layer_kl == costs
+
+
+# ---- prompts -------------------------------------------------------------------------------------
 
 TURNS = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
-NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+RAISE = "{{ raise_exception('no system role') }}"
+NO_SYSTEM = f"{{% if messages[0]['role'] == 'system' %}}{RAISE}{{% endif %}}{TURNS}"
 
 
-def prompt_of(folder, template=None, question="1 + 1?", style="auto"):
+def prompt_of(folder, template=None, question="1 + 1?", **flags):
     """One prompt as text, in the words of a chat template."""
     model = load(folder, None, None)
     model.tokenizer.chat_template = template
-    (prompt,) = encode_prompts([Problem(question, "2", "2")], model, SharedConfig(prompt_style=style), 0)
+    config = Config(model=str(folder), **flags)
+    problem = Problem(question, "2", "2")
+    (prompt,) = encode_prompts([problem], model, config)
     return model.tokenizer.decode(prompt)
 
 
 def test_a_template_without_a_system_role_has_that_text_in_front_of_the_question(toy_run):
     system = SYSTEM_PROMPTS["nl"]
     assert prompt_of(toy_run, TURNS) == f"{system}<eos>1 + 1?<eos>"
-    assert prompt_of(toy_run, NO_SYSTEM + TURNS) == f"{system}\n\n1 + 1?<eos>"
+    assert prompt_of(toy_run, NO_SYSTEM) == f"{system}\n\n1 + 1?<eos>"
+
+
+@pytest.mark.parametrize("template", [TURNS, NO_SYSTEM])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"thinking": False},
+        {"thinking": True},
+    ],
+    ids=str,
+)
+def test_a_template_thinks_only_where_thinking_asks_for_it(template, flags, toy_run, monkeypatch):
+    asked, real = [], Decoder.encode_chats
+
+    def spy(self, chats, prompt=True, thinking=False):
+        asked.append(thinking and prompt)
+        return real(self, chats, prompt)
+
+    monkeypatch.setattr(Decoder, "encode_chats", spy)
+    prompt_of(toy_run, template, **flags)
+    assert asked[-1] == flags.get("thinking", False)
 
 
 def test_a_template_that_writes_the_date_writes_the_same_one_tomorrow(toy_run):
-    clock = (
-        "{% macro day() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ strftime_now('%H:%M:%S.%f') }} {{ day() }} "
-    )
-    assert prompt_of(toy_run, clock + TURNS).startswith("26 Jul 2024 26 Jul 2024 Please")
+    clock = "{{ strftime_now('%H:%M:%S.%f') }} "
+    macro = "{% macro day() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ day() }} "
+    prompt = prompt_of(toy_run, clock + macro + TURNS)
+    assert prompt.startswith("26 Jul 2024 26 Jul 2024 Please")
 
 
-@pytest.mark.parametrize("template", ["{% if %}", "{{ a.b.c }}", "{{ raise_exception('no') }}", {"tool_use": TURNS}])
+FAILING = ["{% if %}", "{{ a.b.c }}", "{{ raise_exception('no') }}", {"tool_use": TURNS}]
+
+
+@pytest.mark.parametrize("template", FAILING)
 def test_a_template_that_fails_is_one_line_and_refts_prompt_does_without(template, toy_run):
     with pytest.raises(InputError, match=r"the chat template .*--prompt-style reft"):
         prompt_of(toy_run, template)
-    assert prompt_of(toy_run, template, style="reft").startswith("Question:")
+    assert prompt_of(toy_run, template, prompt_style="reft").startswith("Question:")
 
 
 @pytest.mark.parametrize("template", [None, TURNS.replace("<eos>", "<pad>")])
 def test_a_chat_in_which_no_answer_could_end_is_refused_and_is_no_chat_by_itself(template, toy_run):
     with pytest.raises(InputError, match="--prompt-style is chat"):
-        prompt_of(toy_run, template, style="chat")
+        prompt_of(toy_run, template, prompt_style="chat")
     assert prompt_of(toy_run, template).startswith("Question:")
 
 
 def test_what_a_tokenizer_adds_stays_in_front_of_a_prompt_and_not_behind(toy_run):
     model = load(toy_run, None, None)
-    both = processors.TemplateProcessing("<pad> $A <eos>", special_tokens=[("<pad>", 0), ("<eos>", 1)])
-    model.tokenizer.backend_tokenizer.post_processor = both
-    (prompt,) = encode_prompts([Problem("1 + 1?", "2", "2")], model, SharedConfig(), 0)
+    ends = [("<pad>", 0), ("<eos>", 1)]
+    around = processors.TemplateProcessing("<pad> $A <eos>", special_tokens=ends)
+    model.tokenizer.backend_tokenizer.post_processor = around
+    config = Config(model=str(toy_run))
+    (prompt,) = encode_prompts([Problem("1 + 1?", "2", "2")], model, config)
     assert model.tokenizer.decode(prompt) == "<pad>Question:\n1 + 1?\nAnswer reasoning:\n"
 
 
-@pytest.mark.parametrize("template", [None, TURNS])
-def test_half_a_character_in_a_question_is_one_line(template, toy_run):
-    with pytest.raises(InputError):
-        prompt_of(toy_run, template, question="How \ud800 many?")
+# ---- what does not fit ---------------------------------------------------------------------------
 
 
-def test_few_long_training_problems_are_left_out_and_counted_and_no_test_problem_is(toy_run, capsys):
-    def problems(long, count):
-        return [Problem("How many? " * (100 if i < long else 1), f"c{i}", str(i)) for i in range(count)]
-
-    model, some = load(toy_run, None, None), problems(1, 101)
-    prompts = encode_prompts(some, model, SharedConfig(), 8, training=True)
-    assert len(prompts) == len(some) == 100 and some[0].answer == "1"
-    assert "1 of 101 problems" in capsys.readouterr().out
-    for count, training in ((100, True), (101, False)):
-        with pytest.raises(InputError, match=r"1 of .*context of 256.*--max-new-tokens 8.*problem 1 .*How many"):
-            encode_prompts(problems(1, count), model, SharedConfig(), 8, training=training)
-
-
-@pytest.mark.parametrize("between", [0, 405], ids=["a control token", "an id without a token"])
-def test_what_is_sampled_in_the_midst_of_an_answer_is_not_dropped(between, toy_run):
-    model = load(toy_run, None, None)
-    ids = [*model.tokenizer("The answer is: 1").input_ids, between, *model.tokenizer("8").input_ids, 1]
-    tokens = torch.tensor([[5, *ids]])
-    ends = torch.tensor([tokens.shape[1]])
-    rollout = Rollout(tokens, torch.ones_like(ends), ends, None, None, torch.tensor([True]), None)
-    grades = grade(rollout, [Problem("q", "", "18")], model, SharedConfig())
-    assert grades.rewards[0] < 1 and "18" not in grades.texts[0] and not grades.texts[0].endswith("<eos>")
+def test_training_leaves_out_what_does_not_fit_and_says_how_many_and_tests_refuse(decoder, capsys):
+    rows = [[7] * 50, [7] * 51, [96], [97]]  # the embedding has 97 rows
+    room = decoder.config.max_positions - 50
+    assert fitting(rows, decoder, room, is_training=True) == [0, 2]
+    assert capsys.readouterr().out.startswith("left out: 2 of 4 problems exceed the 50 tokens")
+    assert fitting(rows[::2], decoder, room, is_training=False) == [0, 1]
+    assert not capsys.readouterr().out
+    for refused, is_training in [(rows, False), (rows[1::2], True)]:
+        with pytest.raises(InputError, match=f"2 of {len(refused)} problems .*--max-new-tokens"):
+            fitting(refused, decoder, room, is_training)
 
 
-def test_a_prompt_that_fits_exactly_is_accepted_and_one_token_more_refused(decoder, toy_run, monkeypatch):
-    model, problems = load(toy_run, None, None), load_problems("toy", "test", limit=1)
-    (prompt,) = encode_prompts(problems, model, SharedConfig(), 1)
-    room = model.config.max_positions - len(prompt)
-    assert encode_prompts(problems, model, SharedConfig(), room) == [prompt]
-    with pytest.raises(InputError, match="exceed the model's context"):
-        encode_prompts(problems, model, SharedConfig(), room + 1)
-    monkeypatch.setattr(decoder.config, "max_positions", 64)
-    room = decoder.config.max_positions - 1
-    prompt = [7] * (room - 2)
-    assert run(decoder, [prompt], max_new_tokens=3, eos_id=[], num_samples=1).lengths.tolist() == [room + 1]
+def test_a_prompt_that_fits_exactly_is_completed_and_one_token_more_is_refused():
+    decoder = make_decoder("opt")  # 64 learned positions
+    flags = {"prompts": [[7] * 61], "eos_id": [], "num_samples": 1}
+    assert run(decoder, max_new_tokens=3, **flags).lengths.tolist() == [64]
     with pytest.raises(ValueError, match="context"):
-        run(decoder, [prompt], max_new_tokens=4)
+        run(decoder, max_new_tokens=4, **flags)
+
+
+# ---- grading -------------------------------------------------------------------------------------
+
+
+def grades_of(folder, completions, gold, finished=None, **flags):
+    """The grades of completions as text or token ids, of one problem."""
+    model = load(folder, None, None)
+    config = Config(model=str(folder), **flags)
+    rows = [model.encode([x])[0] if isinstance(x, str) else x for x in completions]
+    tokens, lengths, _ = collate([([5], row) for row in rows], "cpu")
+    starts = torch.ones_like(lengths)
+    is_finished = torch.tensor(finished or [True] * len(rows))
+    rollout = Rollout(tokens, starts, lengths, None, None, is_finished, None)
+    return grade(rollout, [Problem("q", "", gold)], model, config)
+
+
+def test_a_cut_completion_has_no_answer(toy_run):
+    text = "That makes 8.\nTherefore, the answer is: 8"
+    texts, answers, outcomes = grades_of(toy_run, [text, text], "8", [True, False])
+    assert texts == [text, text]
+    assert answers == ["8", None]
+    assert outcomes == ["right", "cut"]
+
+
+def test_programs_are_run_and_graded_by_what_they_return(toy_run):
+    bodies = ["return 4 + 4", "return 7", "return 'eight'", "while True: pass", "return 8"]
+    programs = [f"def solution():\n    {body}" for body in bodies]
+    is_finished = [True] * 4 + [False]
+    grades = grades_of(toy_run, programs, "8", is_finished, engine="python")
+    assert grades.outcomes == ["right", "wrong", "error", "timeout", "cut"]
+    assert grades.answers == ["8", "7", None, None, None]
+
+
+@pytest.mark.parametrize("between", [0, 605], ids=["a control token", "an id without a token"])
+def test_what_is_sampled_in_the_midst_of_an_answer_is_not_dropped(between, toy_run):
+    encode = load(toy_run, None, None).encode
+    before, after = encode(["The answer is: 1", "8"])
+    grades = grades_of(toy_run, [[*before, between, *after, 1]], "18")
+    assert grades.outcomes != ["right"]
+    assert "18" not in grades.texts[0]
+    assert not grades.texts[0].endswith("<eos>")
+
+
+# ---- the script ----------------------------------------------------------------------------------
+
+
+def test_the_script_prints_completions_of_both_models_and_what_skipping_does(toy_run, capsys):
+    config = Config(
+        model=str(toy_run),
+        skip_ratio=0.25,
+        test_limit=6,
+        max_new_tokens=8,
+        max_rows=4,
+        dtype="float64",
+    )
+    results = main(config)
+    out = capsys.readouterr().out
+
+    model = load(toy_run, None, "float64")
+    problems = load_problems("toy", "test", limit=6)
+    prompts = encode_prompts(problems, model, config)
+    skip = sample_skip(8, 0.25, torch.Generator().manual_seed(0))
+    for name, mask in (("pi", torch.zeros_like(skip)), ("mu", skip)):
+        rollout = sample(model, prompts, skip=mask, **config.sampling(model))
+        kl = nested_kl(model, rollout.pairs(), mask[None]).item()
+        grades = grade(rollout, problems, model, config)
+        assert results[name] == (grades, pytest.approx(kl, abs=1e-12))
+        assert f"\n{name}, {grades.outcomes[3]}: {grades.texts[3]!r}\n" in out
+        accuracy = grades.outcomes.count("right") / 6
+        assert f"{name}: accuracy {accuracy:.3f}, " in out
+        assert f" tokens/s, KL({name}||pi) {kl:.4f} per token\n" in out
+    assert results["pi"][0].texts != results["mu"][0].texts
+    assert f"--- {problems[3].question} (gold: {problems[3].answer})\n" in out
+    assert out.count("left out by mu") == 2
