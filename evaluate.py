@@ -16,7 +16,6 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from model import Decoder, load, named_in_errors, rank, write_json
@@ -309,10 +308,13 @@ def draw_curves(run, names):
     from matplotlib.figure import Figure  # half a second that a run without a figure does not pay
 
     records = read_metrics(run)
-    figure = Figure(figsize=(4 * len(names), 2.6), layout="constrained")
-    for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    names = [name for name in names if any(r.get(name) is not None for r in records)]
+    rows = math.ceil(len(names) / 3)
+    figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
+    for place, name in enumerate(names, 1):
         points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-        panel.plot(*np.reshape(points, (-1, 2)).T, ".-")
+        panel = figure.add_subplot(rows, 3, place)
+        panel.plot(*zip(*points, strict=True), ".-")
         panel.set(xlabel="step", title=name.replace("_", " "))
     figure.savefig(run / "curves.png", dpi=110)
     print(f"figure: {run / 'curves.png'}")
