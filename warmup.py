@@ -241,7 +241,7 @@ class Flags:
     out: str = flag("runs/warmup", "directory of the run")
     steps: int | None = flag(None, "optimizer steps (default: as many as --epochs needs)", low=1)
     epochs: float | None = flag(
-        None, "passes over the problems (toy: 0.75, pretrained: 2)", low=1e-9
+        None, "passes over the problems (toy: 0.75, toy-long: 1, pretrained: 2)", low=1e-9
     )
     batch: int | None = flag(
         None, "problems of one optimizer step (toy: 32, pretrained: 48)", low=1
@@ -274,6 +274,8 @@ class Config(TrainConfig, Flags):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.model is None and self.task == "toy-long":
+            self.fill_in({"epochs": 1.0})
         self.fill_in(TOY if self.model is None else PRETRAINED)
         if self.model is None and self.task not in TOY_STEPS:
             tasks = ", ".join(TOY_STEPS)
