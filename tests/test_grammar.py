@@ -54,6 +54,7 @@ NUMBERS = [
     ("0.33", "1/3", 1.0, "0.01 off at most"),
     ("33.32", "33.3333", 0.1, "more than 0.01 off"),
     ("0.03", "0.036", 0.1, "more than 0.01 of gold off"),
+    ("-0.33", "-1/3", 1.0, "the same below zero"),
 ]
 # (completion, gold, reward, rule)
 COMPLETIONS = [
@@ -89,7 +90,6 @@ LETTERS = [
     ("The answer is C, i.e., 30", "c", 1.0, "an explanation"),
     ("The answer is c because a is too small", "c", 1.0, "with other letters"),
     ("The answer is not a", "a", 0.0, "a letter comes first"),
-    ("The answer is a cat", "a", 0.0, "the article"),
     ("The answer is a - 4500", "a", 0.0, "algebra"),
     ("The answer is 10:3", "d", 1.0, "without its spaces"),
     ("The answer is 30 (b)", "c", 0.0, "but not beside a letter"),
