@@ -84,11 +84,14 @@ def test_defaults_are_those_of_reft_where_reft_states_one(stage, monkeypatch):
     monkeypatch.setattr("rollout.execute", lambda *args: None)  # any system will do: nothing runs
     programs = {"kl_coef": 0.01} if stage is rl else {}  # paper: less for programs
     own = stage is warmup  # a new model for toy tasks
+    toy_long = {**stage.TOY, "max_new_tokens": 128}
+    if own:
+        toy_long["epochs"] = 1.0
     for task, engine, changes in (
         ("gsm8k", "nl", {}),
         ("svamp", "python", programs),
         ("toy", "nl", {**stage.TOY, "max_new_tokens": 64}),
-        ("toy-long", "nl", {**stage.TOY, "max_new_tokens": 128}),
+        ("toy-long", "nl", toy_long),
     ):
         model = None if own and "toy" in task else "hub/id"
         config = stage.Config(model=model, task=task, engine=engine)
