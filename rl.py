@@ -470,9 +470,9 @@ def next_level(run, kl_behav):
     pool = skip_pool(model, num_layers, config.skip_layers)
     if round(level) == 0:  # no layer was skipped; one would cost as much as the cheapest does
         kl_behav = min(model.hf_config.layer_kl[layer] for layer in pool)
-    most = max(0, min(len(pool), num_layers - 3))  # the first, the last and one inner layer stay
+    largest = max(0, min(len(pool), num_layers - 3))  # the first, the last and one inner layer stay
     error = math.log(config.target_kl_behav / max(kl_behav, 1e-9))
-    return min(max(level + 0.5 * min(max(error, -1.0), 1.0), 0.0), most)
+    return min(max(level + 0.5 * min(max(error, -1.0), 1.0), 0.0), largest)
 
 
 def group_relative(reward: Tensor, samples: int) -> Tensor:

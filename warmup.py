@@ -742,9 +742,9 @@ class Run:
         try:
             step = self.state["step"]
             if self.state["bad_steps"] >= BAD_STEPS:
-                what = f"{BAD_STEPS} steps in a row, up to {step}, had numbers that are not finite"
+                cause = f"{BAD_STEPS} steps in a row, up to {step}, had numbers that are not finite"
                 raise FloatingPointError(
-                    f"{self.out}: {what}; try a lower --lr; the last checkpoint stays"
+                    f"{self.out}: {cause}; try a lower --lr; the last checkpoint stays"
                 )
             self.save()
             if not self.stop_signal():
