@@ -5,7 +5,8 @@
     mu        #   .   #   #   .   #   #   #      skip = (F, T, F, F, T, F, F, F)
 
 A skipped layer (.) is the identity: its input is the input of the next layer. It does no work and
-owns no part of the KV cache. The mask is an argument of every pass, the same while a prompt is read
+owns no part of the KV cache. (Ours, for pretrained models: it leaves its best linear map behind,
+see `LinearMaps`.) The mask is an argument of every pass, the same while a prompt is read
 (prefill) and while tokens are drawn (decode), so that log mu of a finished completion equals one
 masked pass over it.
 
@@ -21,6 +22,7 @@ import json
 import os
 import sys
 from datetime import timedelta
+from functools import partial
 from math import inf, isfinite
 from pathlib import Path
 
@@ -46,6 +48,9 @@ from transformers.utils import cached_file, logging
 from reward import InputError
 
 MEASURED = 16  # completions that tell what leaving out a layer costs
+FITTED = 14  # tokens a feature of the model, to which linear maps are fitted
+OUTLIER = 30  # times the usual step of a layer: the first token of a Llama, no row for a fit
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3)  # shares of the mean square of a feature
 OPT_OFFSET = 2  # OPT keeps two unused rows at the start of its position table
 
 
@@ -122,6 +127,7 @@ class Decoder(nn.Module):
         if not config.tied_head:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.value_head = nn.Linear(config.hidden_size, 1)
+        self.linear_maps = None  # LinearMaps, or None: a skipped layer is the identity
         self.init_weights()
 
     def init_weights(self):
@@ -161,11 +167,16 @@ class Decoder(nn.Module):
         else:
             rope = self.rotary(positions, x.dtype)
 
+        kept = self.kept_layers(skip)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
-            # eq. (2): a skipped layer is the identity
-            for i, number in enumerate(self.kept_layers(skip)):
-                layer = self.layers[number]
-                context = rope, None if cache is None else cache[i], positions, visible
+            for number, layer in enumerate(self.layers):
+                if number not in kept:
+                    # eq. (2): a skipped layer is the identity
+                    if self.linear_maps is not None:
+                        x = self.linear_maps(number, x)
+                    continue
+                layer_cache = None if cache is None else cache[kept.index(number)]
+                context = rope, layer_cache, positions, visible
                 if self.gradient_checkpointing and torch.is_grad_enabled():
                     x = checkpoint(layer, x, *context, use_reentrant=False)
                 else:
@@ -334,11 +345,11 @@ class MLP(nn.Module):
         return self.down(self.activation(gate) * up)
 
 
-def make_norm(config, size):
+def make_norm(config, size, has_scale=True):
     """RMSNorm or LayerNorm over the last `size` features."""
     if config.norm == "rms":
-        return nn.RMSNorm(size, config.norm_eps)
-    return nn.LayerNorm(size, config.norm_eps, config.norm_affine)
+        return nn.RMSNorm(size, config.norm_eps, has_scale)
+    return nn.LayerNorm(size, config.norm_eps, has_scale and config.norm_affine)
 
 
 def rope_frequencies(config):
@@ -374,6 +385,9 @@ def linear_in_fp32(hidden, weight, bias=None):
     return out if out.dtype == torch.float64 else out.float()
 
 
+# ---- beyond the papers: what a skipped layer costs, and what can stand in its place --------------
+
+
 @torch.no_grad()
 def nested_kl(model: Decoder, pairs: list[tuple[list[int], list[int]]], skips: Tensor) -> Tensor:
     """KL(mu || pi) per token under each mask, (masks,) float64: exact over the vocabulary.
@@ -392,6 +406,12 @@ def nested_kl(model: Decoder, pairs: list[tuple[list[int], list[int]]], skips: T
     return kl / sum(len(completion) for _, completion in pairs)
 
 
+def forget_measures(model, skip_with):
+    """What was measured with another thing in a skipped layer's place counts no more."""
+    if (model.linear_maps is not None) != (skip_with == "linear"):
+        model.linear_maps = model.hf_config.layer_kl = None
+
+
 def is_measured(model):
     """Whether `hf_config.layer_kl` is one finite number a layer."""
     layer_kl = getattr(model.hf_config, "layer_kl", None)
@@ -400,14 +420,108 @@ def is_measured(model):
     return all(isinstance(kl, float) and isfinite(kl) for kl in layer_kl)
 
 
-def measure_layers(model: Decoder, pairs: list[tuple[list[int], list[int]]]):
+def measure_layers(model: Decoder, pairs: list[tuple[list[int], list[int]]], skip_with: str):
     """Measure KL(mu || pi) per token without each single layer, into `hf_config.layer_kl`.
 
-    Once: config.json carries the numbers to every later run.
+    skip_with "linear": fit `linear_maps` before. The first MEASURED pairs measure, the others fit.
+    Once: a checkpoint carries the numbers and the maps to every later run.
     """
-    if not is_measured(model):
-        each_alone = torch.eye(len(model.layers)) > 0
-        model.hf_config.layer_kl = nested_kl(model, pairs, each_alone).tolist()
+    forget_measures(model, skip_with)
+    if is_measured(model):
+        return
+    if skip_with == "linear":
+        fit_maps(model, pairs)
+    each_alone = torch.eye(len(model.layers)) > 0
+    model.hf_config.layer_kl = nested_kl(model, pairs[:MEASURED], each_alone).tolist()
+
+
+def measuring_rows(model: Decoder, rows: list[list[int]], skip_with: str) -> int:
+    """How many rows of token ids `measure_layers` needs: with maps, FITTED d tokens more."""
+    count, tokens = MEASURED, 0
+    if skip_with == "linear":
+        while tokens < FITTED * model.config.hidden_size and count < len(rows):
+            tokens += len(rows[count])
+            count += 1
+    return count
+
+
+class LinearMaps(nn.Module):
+    """What skipped layers leave behind: layer i becomes x + W_i norm(x) + b_i.
+
+    `fit_maps` fits them; nothing trains them. A map costs a twelfth of its layer and owns no cache.
+    norm has no scale: W contains it. After ReplaceMe (arXiv 2505.02819), which removes a block of
+    layers for good. mu stays a model whose log-probabilities are known: no correction changes.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        L, d = config.num_layers, config.hidden_size
+        self.norm = make_norm(config, d, has_scale=False)
+        self.register_buffer("weight", torch.zeros(L, d, d))
+        self.register_buffer("bias", torch.zeros(L, d))
+
+    def forward(self, number, x):
+        """x: (N, T, d) -> (N, T, d), in place of layer `number`."""
+        return x + F.linear(self.norm(x), self.weight[number], self.bias[number])
+
+
+@torch.no_grad()
+def fit_maps(model: Decoder, pairs: list[tuple[list[int], list[int]]]):
+    """Set `model.linear_maps` to the least-squares maps, for a layer f over the tokens of pairs:
+
+        W, b = argmin  sum |W norm(x) + b - (f(x) - x)|^2 + ridge |(W, b)|^2
+
+    Of RIDGES each layer takes the one with the smallest error on the first MEASURED pairs, which do
+    not fit. Memory: two thirds of the layers' fp32 weights, before there are gradients.
+    """
+    d = model.config.hidden_size
+    model.linear_maps = maps = LinearMaps(model.config)
+    maps.to(model.embed.weight.device, model.embed.weight.dtype)
+    fitted = map_moments(model, pairs[MEASURED:] or pairs)
+    held_out = map_moments(model, pairs[:MEASURED])
+    for number in range(len(model.layers)):
+        uu, uy = (moment[number] for moment in fitted)  # (d + 1, d + 1), (d + 1, d)
+        uu_new, uy_new = (moment[number] for moment in held_out)
+        errors, fits = [], []
+        for ridge in RIDGES:
+            penalty = ridge * uu.diagonal().mean() * torch.eye(d + 1, device=uu.device)
+            fit = torch.linalg.solve(uu + penalty, uy)  # (d + 1, d): W and b, transposed
+            # sum |fit^T u - y|^2, less the sum of |y|^2, which is the same for all
+            errors.append(((uu_new @ fit - 2 * uy_new) * fit).sum().item())
+            fits.append(fit)
+        best = fits[errors.index(min(errors))]
+        maps.weight[number], maps.bias[number] = best[:d].T, best[d]
+    if model.autocast:
+        maps.bfloat16()  # as every pass would make them anew
+
+
+def map_moments(model, pairs):
+    """Sums over tokens of u u^T and u y^T, (layers, d + 1, d + 1) and (layers, d + 1, d) float64.
+
+    u = (norm(x), 1) and y = f(x) - x at layer f.
+    """
+    L, d = len(model.layers), model.config.hidden_size
+    uu = torch.zeros(L, d + 1, d + 1, dtype=torch.float64, device=model.embed.weight.device)
+    uy = torch.zeros(L, d + 1, d, dtype=torch.float64, device=model.embed.weight.device)
+
+    def add(number, layer, inputs, output):
+        x = inputs[0][0].double()  # (T, d)
+        y = output[0].double() - x  # (T, d)
+        length = y.norm(dim=-1)  # (T,)
+        is_usual = length <= OUTLIER * length.median()  # (T,)
+        u = F.pad(model.linear_maps.norm(x), (0, 1), value=1.0)[is_usual]  # (tokens, d + 1)
+        uu[number] += u.T @ u
+        uy[number] += u.T @ y[is_usual]
+
+    hooks = [
+        layer.register_forward_hook(partial(add, number))
+        for number, layer in enumerate(model.layers)
+    ]
+    for prompt, completion in pairs:
+        model(torch.tensor([prompt + completion], device=uu.device))
+    for hook in hooks:
+        hook.remove()
+    return uu, uy
 
 
 # ---- Hugging Face: configs -----------------------------------------------------------------------
@@ -537,6 +651,8 @@ def load(source: str | Path, device: str | None, dtype: str | None) -> Decoder:
     weight_dtype = torch.float64 if dtype == "float64" else torch.float32
     decoder = Decoder.from_pretrained(source, weight_dtype, device)
     decoder.autocast = dtype == "bfloat16"
+    if decoder.autocast and decoder.linear_maps is not None:
+        decoder.linear_maps.bfloat16()
     decoder.tokenizer = read_tokenizer(source, decoder.files)
     count, rows = decoder.tokenizer.vocab_size, decoder.config.vocab_size
     if not 1 < count <= rows:  # without added tokens: few texts hold one of those
@@ -576,8 +692,14 @@ def read_checkpoint(source, dtype, device):
     if decoder.config.tied_head and not torch.equal(theirs["lm_head.weight"], embedding):
         own_head = "lm_head.weight is its own; set tie_word_embeddings to false in config.json"
         raise InputError(f"{source}: {own_head}")
-    read_value_head(source, decoder.value_head)
-    if not all(weight.isfinite().all() for weight in decoder.parameters()):
+    nn.init.zeros_(decoder.value_head.weight)
+    nn.init.zeros_(decoder.value_head.bias)
+    if file := find_file(source, "value_head.pt"):
+        read_module(file, decoder.value_head)
+    if file := find_file(source, "linear_maps.pt"):
+        decoder.linear_maps = LinearMaps(decoder.config).to(device, dtype)
+        read_module(file, decoder.linear_maps)
+    if not all(weight.isfinite().all() for weight in decoder.state_dict().values()):
         raise InputError(f"{source}: a weight is nan or infinite; take an earlier checkpoint")
     return decoder
 
@@ -607,7 +729,7 @@ def read_files(source):
     files = {}
     for name in COPIED:
         with named_in_errors(f"{source}, {name}"):
-            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+            path = find_file(source, name)
             if path:
                 files[name] = Path(path).read_bytes()
             if path and name.endswith(".json"):
@@ -615,14 +737,15 @@ def read_files(source):
     return files
 
 
-def read_value_head(source, value_head):
-    """V_phi of value_head.pt where there is one, else 0 everywhere."""
-    nn.init.zeros_(value_head.weight)
-    nn.init.zeros_(value_head.bias)
-    file = cached_file(source, "value_head.pt", _raise_exceptions_for_missing_entries=False)
-    if file:
-        with named_in_errors(file):
-            value_head.load_state_dict(torch.load(file, "cpu", weights_only=True))
+def find_file(source, name):
+    """The path of a file of a folder or hub id; None where there is none."""
+    return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+
+
+def read_module(file, module):
+    """Fill in a module that other programs do not know, from its own file."""
+    with named_in_errors(file):
+        module.load_state_dict(torch.load(file, "cpu", weights_only=True))
 
 
 def write_checkpoint(decoder, folder, weights):
@@ -642,8 +765,11 @@ def write_checkpoint(decoder, folder, weights):
         file.chmod(config_file.stat().st_mode)
     for name, content in decoder.files.items():
         (folder / name).write_bytes(content)
-    head = {name: weights[f"value_head.{name}"].clone() for name in ("weight", "bias")}
-    torch.save(head, folder / "value_head.pt")  # inference servers load every .safetensors
+    for module in ("value_head", "linear_maps"):  # .pt: inference servers load every .safetensors
+        names = [f"{module}.weight", f"{module}.bias"]
+        if names[0] in weights:
+            own = {name.removeprefix(f"{module}."): weights[name].clone() for name in names}
+            torch.save(own, folder / f"{module}.pt")
 
 
 def hf_views(config, weights):
@@ -659,7 +785,7 @@ def hf_views(config, weights):
     views = {}
     for name, weight in weights.items():
         module, parameter = name.rsplit(".", 1)  # "layers.3.mlp.up", "weight"
-        if module == "value_head" or (module == "head" and config.tied_head):
+        if module in ("value_head", "linear_maps") or (module == "head" and config.tied_head):
             continue
         prefix = ""
         if module.startswith("layers."):

@@ -35,12 +35,13 @@ import torch
 from torch import Tensor, nn
 
 from model import (
-    MEASURED,
     Decoder,
     all_reduce,
+    forget_measures,
     is_measured,
     load,
     measure_layers,
+    measuring_rows,
     sample_skip,
     shard,
     skip_pool,
@@ -448,12 +449,13 @@ def measure_pool(reference, prompts, config):
 
     InputError where --skip-ratio leaves out no layer, or too many.
     """
-    is_cheap = config.skip_layers == "cheap" and config.skip_ratio > 0
-    is_needed = is_cheap or config.target_kl_behav is not None
+    forget_measures(reference, config.skip_with)
+    by_cost = config.skip_layers == "cheap" or config.skip_with == "linear"
+    is_needed = (by_cost and config.skip_ratio > 0) or config.target_kl_behav is not None
     if is_needed and not is_measured(reference):  # layer dropout may have trained a pool
-        sampling = config.sampling(reference)
-        own = sample(reference, prompts[:MEASURED], seed=config.seed, **sampling)
-        measure_layers(reference, own.pairs())
+        count = measuring_rows(reference, prompts, config.skip_with)
+        own = sample(reference, prompts[:count], seed=config.seed, **config.sampling(reference))
+        measure_layers(reference, own.pairs(), config.skip_with)
     num_layers = len(reference.layers)
     pool = skip_pool(reference, round(config.skip_ratio * num_layers), config.skip_layers)
     sample_skip(num_layers, config.skip_ratio, pool=pool)  # raises now, and not in the loop

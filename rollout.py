@@ -522,7 +522,7 @@ class SharedConfig:
             trained = read_json(file) if file.exists() else {}
         names = ["engine", "prompt_style", "thinking"]
         if self.task in (None, trained.get("task")):  # another task has other problems and lengths
-            names += ["task", "data", "test_data", "max_new_tokens"]
+            names += ["task", "data", "test_data", "max_new_tokens", "skip_with"]
         self.fill_in({name: trained.get(name) for name in names})
         if self.task is None and source is not None:
             tasks = ", ".join(TASKS)

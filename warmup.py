@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,14 +41,15 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from evaluate import draw_curves, evaluate, make_folder, print_table
 from model import (
-    MEASURED,
     Decoder,
     all_gather,
     all_reduce,
     barrier,
+    forget_measures,
     full_tensor,
     load,
     measure_layers,
+    measuring_rows,
     named_in_errors,
     rank,
     sample_skip,
@@ -222,10 +224,15 @@ class TrainConfig(SharedConfig):
     skip_layers: str | None = flag(
         None, "layers that may be skipped: inner, cheap, or 3,5,7 (toy: inner, else cheap)"
     )
+    skip_with: Literal["identity", "linear"] | None = flag(
+        None, "what stands in their place (default: the run's; toy: identity, else linear)"
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        self.fill_in({"skip_layers": "inner" if self.task in TOY_STEPS else "cheap"})
+        if self.task in TOY_STEPS:  # the paper
+            self.fill_in({"skip_layers": "inner", "skip_with": "identity"})
+        self.fill_in({"skip_layers": "cheap", "skip_with": "linear"})
         if not re.fullmatch(r"inner|cheap|\d+(,\d+)*", self.skip_layers):
             words = "inner, cheap, or numbers like 3,5,7"
             raise InputError(f"--skip-layers is {self.skip_layers}, it must be {words}")
@@ -370,9 +377,12 @@ def close_thought(target):
 def dropout_pool(model, examples, config):
     """The layers among which layer dropout draws. InputError where it would leave out too many."""
     if not config.layer_dropout:
+        forget_measures(model, "identity")  # maps of --model would soon be those of other weights
         return None
-    if config.skip_layers == "cheap":
-        measure_layers(model, examples[:MEASURED])
+    if config.skip_layers == "cheap" or config.skip_with == "linear":
+        rows = [prompt + completion for prompt, completion in examples]
+        count = measuring_rows(model, rows, config.skip_with)
+        measure_layers(model, examples[:count], config.skip_with)
     num_layers = len(model.layers)
     pool = skip_pool(model, round(config.skip_ratio * num_layers), config.skip_layers)
     sample_skip(num_layers, config.skip_ratio, pool=pool)  # raises now, and not in the loop
@@ -432,6 +442,7 @@ SAVED = (
     "*.safetensors",
     "*.bin",
     "value_head.pt",
+    "linear_maps.pt",
     "tokenizer*",
     "evaluation.json",
 )

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from model import MEASURED, load, measure_layers, nested_kl, sample_skip, skip_pool
+from model import MEASURED, load, measure_layers, measuring_rows, nested_kl, sample_skip, skip_pool
 from rollout import Grades, encode_prompts, fitting, flag, grade, load_split, run_script, sample
 from warmup import TrainConfig
 
@@ -23,6 +23,7 @@ class Config(TrainConfig):
 
     model: str = flag("runs/warmup", "directory or hub id")
     skip_ratio: float = flag(0.25, "share of the layers that mu skips", low=0, high=0.99)
+    masks: int = flag(1, "how many masks of mu; each completes every problem", low=1)
     test_limit: int | None = flag(64, "how many test problems", low=1)
 
 
@@ -32,35 +33,48 @@ def main(config: Config) -> dict[str, tuple[Grades, float]]:
     problems = load_split(config, "test")
     prompts = encode_prompts(problems, model, config)
     fitting(prompts, model, config.max_new_tokens, is_training=False)
-    sampling = config.sampling(model) | {"seed": config.seed}
+    sampling = config.sampling(model)
 
-    own = sample(model, prompts[:MEASURED], **sampling).pairs()
+    others = encode_prompts(load_split(config, "train"), model, config)
+    others = [others[i] for i in fitting(others, model, config.max_new_tokens, is_training=True)]
+    started = time.perf_counter()
+    count = measuring_rows(model, others, config.skip_with)
+    own = sample(model, others[:count], seed=config.seed, **sampling).pairs()
+    measure_layers(model, own, config.skip_with)  # unless the warm-up has done so
+    print(f"{count} completions, drawn and measured in {time.perf_counter() - started:.0f} s")
+    print(f"KL(mu||pi) per token without one layer ({config.skip_with}):")
+    layer_kl = model.hf_config.layer_kl
+    for layer, kl in enumerate(layer_kl):
+        print(f"{layer:5} {kl:9.4f} {'#' * round(60 * kl / max(layer_kl))}")
+
     num_layers = len(model.layers)
-    layer_kl = nested_kl(model, own, torch.eye(num_layers) > 0).tolist()
-    measure_layers(model, own)  # the pool is that of the warm-up, where there is one
     pool = skip_pool(model, round(config.skip_ratio * num_layers), config.skip_layers)
     generator = torch.Generator().manual_seed(config.seed)
-    skip = sample_skip(num_layers, config.skip_ratio, generator, pool)  # eq. (2)
-    print("KL(mu||pi) per token without one layer:")
-    for layer, kl in enumerate(layer_kl):
-        note = "left out by mu " if skip[layer] else ""
-        print(f"{layer:5} {kl:9.4f} {note}{'#' * round(60 * kl / max(layer_kl))}")
-
+    masks = [
+        sample_skip(num_layers, config.skip_ratio, generator, pool)  # eq. (2)
+        for _ in range(config.masks)
+    ]
     results = {}
-    for name, mask in (("pi", torch.zeros_like(skip)), ("mu", skip)):
-        started = time.perf_counter()
-        rollout = sample(model, prompts, skip=mask, **sampling)
-        speed = int(rollout.action_mask.sum()) / (time.perf_counter() - started)
-        grades = grade(rollout, problems, model, config)
-        kl = nested_kl(model, rollout.pairs(), mask[None]).item()
-        results[name] = grades, kl
+    for name, skips in (("pi", [torch.zeros_like(masks[0])] * config.masks), ("mu", masks)):
+        outcomes, kls, tokens, seconds = [], [], 0, 0.0
+        for n, skip in enumerate(skips):
+            started = time.perf_counter()
+            rollout = sample(model, prompts, skip=skip, seed=config.seed + n, **sampling)
+            seconds += time.perf_counter() - started
+            tokens += int(rollout.action_mask.sum())
+            grades = grade(rollout, problems, model, config)
+            outcomes += grades.outcomes
+            kls.append(nested_kl(model, rollout.pairs()[:MEASURED], skip[None]).item())
+            left_out = skip.nonzero().flatten().tolist()
+            print(f"{name}, without {left_out}: KL({name}||pi) {kls[-1]:.4f} per token")
         for problem, outcome, text in zip(
             problems[:4], grades.outcomes, grades.texts, strict=False
         ):
             print(f"--- {problem.question} (gold: {problem.answer})\n{name}, {outcome}: {text!r}")
-        accuracy = grades.outcomes.count("right") / len(problems)
-        rates = f"accuracy {accuracy:.3f}, {speed:,.0f} tokens/s"
+        accuracy, kl = outcomes.count("right") / len(outcomes), sum(kls) / len(kls)
+        rates = f"accuracy {accuracy:.3f}, {tokens / seconds:,.0f} tokens/s"
         print(f"{name}: {rates}, KL({name}||pi) {kl:.4f} per token")
+        results[name] = grades, kl
     return results
 
 
