@@ -48,9 +48,9 @@ from transformers.utils import cached_file, logging
 from reward import InputError
 
 MEASURED = 16  # completions that tell what leaving out a layer costs
-FITTED = 14  # tokens a feature of the model, to which linear maps are fitted
-OUTLIER = 30  # times the usual step of a layer: the first token of a Llama, no row for a fit
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3)  # shares of the mean square of a feature
+FITTED = 128  # completions to which linear maps are fitted: 10 to 25 tokens a feature
+RIDGE = 0.02  # of that fit, as a share of the mean square of a feature
+OUTLIER = 30  # times its usual length, and what a layer adds is no row of the fit
 OPT_OFFSET = 2  # OPT keeps two unused rows at the start of its position table
 
 
@@ -406,43 +406,27 @@ def nested_kl(model: Decoder, pairs: list[tuple[list[int], list[int]]], skips: T
     return kl / sum(len(completion) for _, completion in pairs)
 
 
-def forget_measures(model, skip_with):
-    """What was measured with another thing in a skipped layer's place counts no more."""
-    if (model.linear_maps is not None) != (skip_with == "linear"):
-        model.linear_maps = model.hf_config.layer_kl = None
-
-
-def is_measured(model):
-    """Whether `hf_config.layer_kl` is one finite number a layer."""
+def is_measured(model, skip_with):
+    """Whether `hf_config.layer_kl` is one finite number a layer, of this kind of skipping."""
     layer_kl = getattr(model.hf_config, "layer_kl", None)
     if not isinstance(layer_kl, list) or len(layer_kl) != len(model.layers):
         return False
-    return all(isinstance(kl, float) and isfinite(kl) for kl in layer_kl)
+    has_maps = model.linear_maps is not None
+    is_finite = all(isinstance(kl, float) and isfinite(kl) for kl in layer_kl)
+    return is_finite and has_maps == (skip_with == "linear")
 
 
 def measure_layers(model: Decoder, pairs: list[tuple[list[int], list[int]]], skip_with: str):
     """Measure KL(mu || pi) per token without each single layer, into `hf_config.layer_kl`.
 
-    skip_with "linear": fit `linear_maps` before. The first MEASURED pairs measure, the others fit.
-    Once: a checkpoint carries the numbers and the maps to every later run.
+    skip_with "linear": fit `linear_maps` to the pairs before; the first MEASURED of them measure.
+    Once: a checkpoint carries numbers and maps to every later run.
     """
-    forget_measures(model, skip_with)
-    if is_measured(model):
+    if is_measured(model, skip_with):
         return
-    if skip_with == "linear":
-        fit_maps(model, pairs)
+    model.linear_maps = fit_maps(model, pairs) if skip_with == "linear" else None
     each_alone = torch.eye(len(model.layers)) > 0
     model.hf_config.layer_kl = nested_kl(model, pairs[:MEASURED], each_alone).tolist()
-
-
-def measuring_rows(model: Decoder, rows: list[list[int]], skip_with: str) -> int:
-    """How many rows of token ids `measure_layers` needs: with maps, FITTED d tokens more."""
-    count, tokens = MEASURED, 0
-    if skip_with == "linear":
-        while tokens < FITTED * model.config.hidden_size and count < len(rows):
-            tokens += len(rows[count])
-            count += 1
-    return count
 
 
 class LinearMaps(nn.Module):
@@ -466,50 +450,26 @@ class LinearMaps(nn.Module):
 
 
 @torch.no_grad()
-def fit_maps(model: Decoder, pairs: list[tuple[list[int], list[int]]]):
-    """Set `model.linear_maps` to the least-squares maps, for a layer f over the tokens of pairs:
+def fit_maps(model: Decoder, pairs: list[tuple[list[int], list[int]]]) -> LinearMaps:
+    """The least-squares map of every layer f, over the tokens of (prompt, completion) pairs:
 
         W, b = argmin  sum |W norm(x) + b - (f(x) - x)|^2 + ridge |(W, b)|^2
 
-    Of RIDGES each layer takes the one with the smallest error on the first MEASURED pairs, which do
-    not fit. Memory: two thirds of the layers' fp32 weights, before there are gradients.
+    The first token of a Llama, to which some layers add a thousand times more than to others, does
+    not count. Memory: a third of the layers' weights in float64, before there are gradients.
     """
-    d = model.config.hidden_size
-    model.linear_maps = maps = LinearMaps(model.config)
-    maps.to(model.embed.weight.device, model.embed.weight.dtype)
-    fitted = map_moments(model, pairs[MEASURED:] or pairs)
-    held_out = map_moments(model, pairs[:MEASURED])
-    for number in range(len(model.layers)):
-        uu, uy = (moment[number] for moment in fitted)  # (d + 1, d + 1), (d + 1, d)
-        uu_new, uy_new = (moment[number] for moment in held_out)
-        errors, fits = [], []
-        for ridge in RIDGES:
-            penalty = ridge * uu.diagonal().mean() * torch.eye(d + 1, device=uu.device)
-            fit = torch.linalg.solve(uu + penalty, uy)  # (d + 1, d): W and b, transposed
-            # sum |fit^T u - y|^2, less the sum of |y|^2, which is the same for all
-            errors.append(((uu_new @ fit - 2 * uy_new) * fit).sum().item())
-            fits.append(fit)
-        best = fits[errors.index(min(errors))]
-        maps.weight[number], maps.bias[number] = best[:d].T, best[d]
-    if model.autocast:
-        maps.bfloat16()  # as every pass would make them anew
-
-
-def map_moments(model, pairs):
-    """Sums over tokens of u u^T and u y^T, (layers, d + 1, d + 1) and (layers, d + 1, d) float64.
-
-    u = (norm(x), 1) and y = f(x) - x at layer f.
-    """
-    L, d = len(model.layers), model.config.hidden_size
-    uu = torch.zeros(L, d + 1, d + 1, dtype=torch.float64, device=model.embed.weight.device)
-    uy = torch.zeros(L, d + 1, d, dtype=torch.float64, device=model.embed.weight.device)
+    L, d, device = len(model.layers), model.config.hidden_size, model.embed.weight.device
+    maps = LinearMaps(model.config).to(device, model.embed.weight.dtype)
+    # sums over tokens of u u^T and u y^T, where u = (norm(x), 1) and y = f(x) - x
+    uu = torch.zeros(L, d + 1, d + 1, dtype=torch.float64, device=device)
+    uy = torch.zeros(L, d + 1, d, dtype=torch.float64, device=device)
 
     def add(number, layer, inputs, output):
         x = inputs[0][0].double()  # (T, d)
         y = output[0].double() - x  # (T, d)
         length = y.norm(dim=-1)  # (T,)
         is_usual = length <= OUTLIER * length.median()  # (T,)
-        u = F.pad(model.linear_maps.norm(x), (0, 1), value=1.0)[is_usual]  # (tokens, d + 1)
+        u = F.pad(maps.norm(x), (0, 1), value=1.0)[is_usual]  # (tokens, d + 1)
         uu[number] += u.T @ u
         uy[number] += u.T @ y[is_usual]
 
@@ -518,10 +478,15 @@ def map_moments(model, pairs):
         for number, layer in enumerate(model.layers)
     ]
     for prompt, completion in pairs:
-        model(torch.tensor([prompt + completion], device=uu.device))
+        model(torch.tensor([prompt + completion], device=device))
     for hook in hooks:
         hook.remove()
-    return uu, uy
+    mean_square = uu.diagonal(dim1=1, dim2=2).mean(1)  # (L,)
+    penalty = RIDGE * mean_square[:, None, None] * torch.eye(d + 1, device=device)
+    fit = torch.linalg.solve(uu + penalty, uy)  # (L, d + 1, d): W and b, transposed
+    maps.weight.copy_(fit[:, :d].mT)
+    maps.bias.copy_(fit[:, d])
+    return maps.bfloat16() if model.autocast else maps  # as every pass would make them anew
 
 
 # ---- Hugging Face: configs -----------------------------------------------------------------------

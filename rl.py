@@ -35,16 +35,12 @@ import torch
 from torch import Tensor, nn
 
 from model import (
+    FITTED,
     Decoder,
     all_reduce,
-    forget_measures,
-    is_measured,
     load,
-    measure_layers,
-    measuring_rows,
     sample_skip,
     shard,
-    skip_pool,
 )
 from reward import TOY_STEPS, InputError, reward_of
 from rollout import (
@@ -67,6 +63,7 @@ from warmup import (
     encode_examples,
     fingerprint,
     micro_batches,
+    nested_pool,
     supervised_step,
 )
 
@@ -222,13 +219,12 @@ def main(config: "Config") -> dict:
     problems, prompts = [problems[i] for i in kept], [prompts[i] for i in kept]
     check_batch("--rollout-batch", config.rollout_batch // config.samples, problems)
     annotated = annotated_examples(problems, reference, config)
-    measure_pool(reference, prompts, config)
+    pool = nested_pool(reference, config, lambda: own_completions(reference, prompts, config))
     model, num_layers = copy.deepcopy(reference), len(reference.layers)
     # Without a critic AdamW keeps no moments of it, as --resume expects.
     model.value_head.requires_grad_(config.value_coef > 0)
     contents = fingerprint(problems, [prompts, annotated], reference)
-    level = config.skip_ratio * num_layers  # layers to skip; moves with --target-kl-behav
-    run = Run("rl", config, model, contents, config.steps, level=level)
+    run = Run("rl", config, model, contents, config.steps)
     freeze(reference)  # after the fingerprint, which is of fp32 weights
 
     for step in run.steps():
@@ -238,9 +234,7 @@ def main(config: "Config") -> dict:
         questions = config.rollout_batch // config.samples
         chosen = batch_indices(config.seed, step, questions, len(problems))
         batch_problems = [problems[i] for i in chosen]
-        count = round(run.state["level"])
-        pool = skip_pool(model, count, config.skip_layers)
-        skip = sample_skip(num_layers, count / num_layers, generator, pool)  # eq. (2)
+        skip = sample_skip(num_layers, config.skip_ratio, generator, pool)  # eq. (2)
 
         # 2. completions from the nested behavior model mu
         sampling_seed = int(rng.integers(2**62))
@@ -308,8 +302,6 @@ def main(config: "Config") -> dict:
             "rollout_seconds": rollout_seconds,  # step 2
             "update_seconds": update_seconds,  # steps 4 to 6
         }
-        if config.target_kl_behav is not None:
-            run.state["level"] = next_level(run, numbers["kl_behav"])
         if run.is_evaluation_due(step):
             numbers["greedy_accuracy"] = run.evaluate()["greedy_accuracy"]
         run.record(numbers, sample_texts(batch_problems, grades), warnings(numbers))
@@ -340,9 +332,6 @@ class Flags:
         None, "weights and traces for completions of mu (toy: prefix, else truncated)"
     )
     cap: float = flag(2.0, "upper bound C of the truncated weights pi_old / mu", low=1e-9)
-    target_kl_behav: float | None = flag(
-        None, "the number of skipped layers follows KL(mu||pi) per token to it", low=1e-9
-    )
     steps: int | None = flag(None, "rollout batches (toy: 20, else 1000)", low=1)
     rollout_batch: int | None = flag(None, "completions of a batch (toy: 128, else 32)", low=1)
     samples: int = flag(1, "completions a prompt; divides --rollout-batch", low=1)
@@ -444,37 +433,10 @@ def freeze(reference):
 # ---- beyond the papers ---------------------------------------------------------------------------
 
 
-def measure_pool(reference, prompts, config):
-    """What each layer costs, on completions of the warm-up model; layer dropout has measured it.
-
-    InputError where --skip-ratio leaves out no layer, or too many.
-    """
-    forget_measures(reference, config.skip_with)
-    by_cost = config.skip_layers == "cheap" or config.skip_with == "linear"
-    is_needed = (by_cost and config.skip_ratio > 0) or config.target_kl_behav is not None
-    if is_needed and not is_measured(reference):  # layer dropout may have trained a pool
-        count = measuring_rows(reference, prompts, config.skip_with)
-        own = sample(reference, prompts[:count], seed=config.seed, **config.sampling(reference))
-        measure_layers(reference, own.pairs(), config.skip_with)
-    num_layers = len(reference.layers)
-    pool = skip_pool(reference, round(config.skip_ratio * num_layers), config.skip_layers)
-    sample_skip(num_layers, config.skip_ratio, pool=pool)  # raises now, and not in the loop
-
-
-def next_level(run, kl_behav):
-    """--target-kl-behav: the layers to skip next, a real number that is rounded.
-
-    It moves by up to half a layer against the log of the error, so that the geometric mean of
-    KL(mu||pi) comes to rest at the target.
-    """
-    model, config, level = run.model, run.config, run.state["level"]
-    num_layers = len(model.layers)
-    pool = skip_pool(model, num_layers, config.skip_layers)
-    if round(level) == 0:  # no layer was skipped; one would cost as much as the cheapest does
-        kl_behav = min(model.hf_config.layer_kl[layer] for layer in pool)
-    largest = max(0, min(len(pool), num_layers - 3))  # the first, the last and one inner layer stay
-    error = math.log(config.target_kl_behav / max(kl_behav, 1e-9))
-    return min(max(level + 0.5 * min(max(error, -1.0), 1.0), 0.0), largest)
+def own_completions(reference, prompts, config):
+    """What the layers that mu may skip are measured on, and linear maps fitted to."""
+    sampling = config.sampling(reference)
+    return sample(reference, prompts[:FITTED], seed=config.seed, **sampling).pairs()
 
 
 def group_relative(reward: Tensor, samples: int) -> Tensor:

@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,15 +41,15 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from evaluate import draw_curves, evaluate, make_folder, print_table
 from model import (
+    FITTED,
     Decoder,
     all_gather,
     all_reduce,
     barrier,
-    forget_measures,
     full_tensor,
+    is_measured,
     load,
     measure_layers,
-    measuring_rows,
     named_in_errors,
     rank,
     sample_skip,
@@ -158,7 +158,7 @@ def main(config: "Config") -> dict:
     problems, examples = [problems[i] for i in kept], [examples[i] for i in kept]
     check_batch("--batch", config.batch, problems)
     num_layers = len(model.layers)
-    pool = dropout_pool(model, examples, config)
+    pool = nested_pool(model, config, lambda: examples[:FITTED])
     steps = config.steps or max(1, round(config.epochs * len(problems) / config.batch))
     contents = fingerprint(problems, examples, model if config.model else None)
     run = Run("warmup", config, model, contents, steps, config.weight_decay, config.beta2)
@@ -284,6 +284,8 @@ class Config(TrainConfig, Flags):
         if self.model is None and self.task == "toy-long":
             self.fill_in({"epochs": 1.0})
         self.fill_in(TOY if self.model is None else PRETRAINED)
+        if self.layer_dropout == 0:
+            self.skip_ratio = 0.0
         if self.model is None and self.task not in TOY_STEPS:
             tasks = ", ".join(TOY_STEPS)
             raise InputError(f"--task is {self.task}, without --model it must be one of {tasks}")
@@ -374,22 +376,24 @@ def close_thought(target):
     return f"\n</think>\n\n{target}"
 
 
-def dropout_pool(model, examples, config):
-    """The layers among which layer dropout draws. InputError where it would leave out too many."""
-    if not config.layer_dropout:
-        forget_measures(model, "identity")  # maps of --model would soon be those of other weights
-        return None
-    if config.skip_layers == "cheap" or config.skip_with == "linear":
-        rows = [prompt + completion for prompt, completion in examples]
-        count = measuring_rows(model, rows, config.skip_with)
-        measure_layers(model, examples[:count], config.skip_with)
+# ---- what both stages need of model and data -----------------------------------------------------
+
+
+def nested_pool(model: Decoder, config: TrainConfig, completions: Callable) -> list[int]:
+    """The layers that mu may skip; see `skip_pool`. InputError where it would skip too many.
+
+    completions: a function, of FITTED (prompt, completion) pairs, which measure the layers where
+    nobody has done so with the same --skip-with.
+    """
+    if config.skip_ratio == 0 or not is_measured(model, config.skip_with):
+        model.linear_maps = None
+        is_paper = config.skip_layers != "cheap" and config.skip_with == "identity"
+        if config.skip_ratio > 0 and not is_paper:
+            measure_layers(model, completions(), config.skip_with)
     num_layers = len(model.layers)
     pool = skip_pool(model, round(config.skip_ratio * num_layers), config.skip_layers)
     sample_skip(num_layers, config.skip_ratio, pool=pool)  # raises now, and not in the loop
     return pool
-
-
-# ---- what both stages need of their data ---------------------------------------------------------
 
 
 def check_batch(name, size, problems):

@@ -93,7 +93,7 @@ BAD_VALUES = [
     "rl --skip-ratio 1",
     "rl --skip-ratio 0.8",
     "rl --skip-layers all",
-    "rl --target-kl-behav 0",
+    "rl --skip-with nothing",
     "rl --samples 0",
     "rl --samples 3",
     "rl --minibatch 0",

@@ -4,7 +4,6 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
@@ -184,61 +183,6 @@ def test_partial_reward_is_what_a_wrong_answer_earns(toy_run, tmp_path, partial_
     # Of eight completions three are right and two wrong, see rewards_that_differ.
     assert record["reward"] == approx((3 + 2 * partial_reward) / 8)
     assert record["accuracy"] == 3 / 8 and record["wrong"] == 2 / 8
-
-
-def next_level(level, kl_behav, layer_kl=(1e-9,) * 8):
-    """rl.next_level for a model of eight layers and a target of 0.04."""
-    model = SimpleNamespace(hf_config=SimpleNamespace(layer_kl=layer_kl), layers=range(8))
-    config = SimpleNamespace(target_kl_behav=0.04, skip_layers="inner")
-    run = SimpleNamespace(model=model, config=config, state={"level": level})
-    return rl.next_level(run, kl_behav)
-
-
-def test_the_number_of_skipped_layers_settles_where_kl_is_near_the_target():
-    level, counts = 0.0, []
-    for _ in range(60):
-        counts.append(round(level))
-        level = next_level(level, 0.01 * round(level) ** 2)  # the target at two layers
-    assert counts[0] == 0
-    assert {*counts[-20:]} <= {1, 2, 3}
-    assert fmean(counts[-20:]) == approx(2, abs=0.5)
-
-
-@pytest.mark.parametrize(
-    ("level", "kl_behav", "expected"),
-    [
-        (3.0, 1e-9, 3.5),  # half a layer at most
-        (3.0, 9.0, 2.5),
-        (5.0, 1e-9, 5.0),  # the first, the last and one inner layer stay
-        (1.0, 0.04, 1.0),
-    ],
-)
-def test_the_next_number_of_skipped_layers(level, kl_behav, expected):
-    assert next_level(level, kl_behav) == approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("layer_kl", "expected"),
-    [
-        ([9, 0.04, *[5] * 6], 0.3),
-        ([0, 0.02, *[5] * 6], 0.3 + 0.5 * math.log(2)),  # the first one always stays
-        ([9, 8, *[7] * 6], 0.0),  # the cheapest costs too much
-    ],
-)
-def test_where_no_layer_was_skipped_the_cheapest_one_says_whether_to_begin(layer_kl, expected):
-    assert next_level(0.3, 0.0, layer_kl) == approx(expected)
-
-
-def test_target_kl_behav_moves_the_number_of_skipped_layers(toy_run, tmp_path):
-    def counts(name, target, **flags):
-        flags = {"target_kl_behav": target, "rollout_batch": 4, "limit": 8, **flags}
-        _, records = train(toy_run, tmp_path / name, **flags)
-        return [len(record["skipped_layers"]) for record in records]
-
-    assert counts("rising", 100.0, steps=5) == [0, 0, 1, 2, 2]
-    assert max(counts("list", 100.0, steps=5, skip_layers="5")) == 1  # there are no more
-    assert counts("falling", 1e-9, steps=4, skip_ratio=0.5) == [4, 4, 3, 2]
-    assert counts("dear", 1e-9, steps=2, skip_layers="cheap") == [0, 0]
 
 
 def test_cheap_layers_are_measured_on_the_reference_and_all_masks_come_from_them(toy_run, tmp_path):

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from model import MEASURED, load, measure_layers, measuring_rows, nested_kl, sample_skip, skip_pool
+from model import FITTED, MEASURED, load, measure_layers, nested_kl, sample_skip, skip_pool
 from rollout import Grades, encode_prompts, fitting, flag, grade, load_split, run_script, sample
 from warmup import TrainConfig
 
@@ -38,10 +38,9 @@ def main(config: Config) -> dict[str, tuple[Grades, float]]:
     others = encode_prompts(load_split(config, "train"), model, config)
     others = [others[i] for i in fitting(others, model, config.max_new_tokens, is_training=True)]
     started = time.perf_counter()
-    count = measuring_rows(model, others, config.skip_with)
-    own = sample(model, others[:count], seed=config.seed, **sampling).pairs()
+    own = sample(model, others[:FITTED], seed=config.seed, **sampling).pairs()
     measure_layers(model, own, config.skip_with)  # unless the warm-up has done so
-    print(f"{count} completions, drawn and measured in {time.perf_counter() - started:.0f} s")
+    print(f"{len(own)} completions, drawn and measured in {time.perf_counter() - started:.0f} s")
     print(f"KL(mu||pi) per token without one layer ({config.skip_with}):")
     layer_kl = model.hf_config.layer_kl
     for layer, kl in enumerate(layer_kl):

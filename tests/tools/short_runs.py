@@ -14,7 +14,6 @@ WARMUP = {"steps": 4, "batch": 8}
 RL = {
     "steps": 4,
     "skip_ratio": 0.25,
-    "target_kl_behav": 0.02,
     "lr": 1e-3,
     "rollout_batch": 8,
     "samples": 2,

@@ -24,7 +24,7 @@ from rollout import run_script
 
 FLAGS = (
     "--limit 400 --test-limit 64 "  # or each start would generate 48,000 problems
-    "--skip-ratio 0.25 --target-kl-behav 0.02 --save-every 1 "
+    "--skip-ratio 0.25 --skip-with linear --save-every 1 "
     "--rollout-batch 16 --minibatch 8 --max-new-tokens 24 --samples 2"
 )
 MEASURED = ("seconds", "per_second", "memory_gb")  # ends of names
