@@ -1,11 +1,13 @@
-"""Greedy accuracy, maj@k and pass@k of any run on any task; offline self-training; figures.
+"""Greedy accuracy, maj@k, pass@k, rerank@k of any run on any task; self-training data; figures.
 
     python evaluate.py runs/warmup runs/rl --samples 8
     python evaluate.py runs/warmup --samples 100 --keep-correct right.jsonl
 
 Samples are drawn at temperature 1. maj@k votes on the canonical answers of disjoint blocks of k
-samples; completions without an answer do not vote, and the first of equals wins. The second command
-writes right completions of the training problems as training problems (ReFT, section 4.2).
+samples; completions without an answer do not vote, and the first of equals wins. rerank@k takes
+the completion of a block, among those with an answer, that a verifier finds best (verifier.py).
+The second command writes right completions of the training problems as training problems (ReFT,
+section 4.2).
 """
 
 import json
@@ -16,9 +18,10 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from model import Decoder, load, named_in_errors, rank, write_json
+from model import Decoder, load, named_in_errors, rank, unsharded, write_json
 from reward import InputError, Problem, make_target
 from rollout import (
     MAX_SEED,
@@ -43,10 +46,12 @@ def evaluate(
     samples: int = 0,
     seed: int = 0,
     out: Path | None = None,
+    verifier: Decoder | None = None,
 ) -> dict:
     """Greedy accuracy, and maj@k and pass@k from `samples` completions a problem.
 
     out: the folder for evaluation.json and, with a line a completion, evaluation.jsonl.
+    verifier: for rerank@k.
     """
     prompts = encode_prompts(problems, model, config)
     fitting(prompts, model, config.max_new_tokens, is_training=False)
@@ -68,7 +73,8 @@ def evaluate(
         rollout = sample(model, prompts, num_samples=samples, seed=seed, **sampling)
         grades = grade(rollout, problems, model, config)
         lines += completion_lines(problems, grades, temperature=1)
-        result.update(sampled_accuracy(grades, samples))
+        scores = rerank_scores(verifier, prompts, grades) if verifier else None
+        result.update(sampled_accuracy(grades, samples, scores))
     if out is not None and rank() == 0:
         try:
             text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -79,20 +85,27 @@ def evaluate(
     return result
 
 
-def sampled_accuracy(grades, samples):
-    """maj@k and pass@k for k = 1, 2, 4, ... and all samples; rows are ordered by problem."""
+def sampled_accuracy(grades, samples, scores=None):
+    """maj@k, pass@k and, with scores, rerank@k for k = 1, 2, 4, ... and all samples.
+
+    Rows are ordered by problem.
+    """
     sizes = {2**i for i in range(samples.bit_length())} | {samples}
     is_right = [outcome == "right" for outcome in grades.outcomes]
     result = {}
     for k in sorted(sizes):
-        votes, passes = [], []
+        votes, passes, best = [], [], []
         for start in range(0, len(is_right), samples):
             for block in range(start, start + samples - k + 1, k):
-                answers = grades.answers[block : block + k]
-                votes.append(majority_is_right(answers, is_right[block : block + k]))
+                span = slice(block, block + k)
+                votes.append(majority_is_right(grades.answers[span], is_right[span]))
+                if scores is not None:
+                    best.append(is_right[block + scores[span].index(max(scores[span]))])
             passes.append(pass_at_k(samples, sum(is_right[start : start + samples]), k))
         result[f"maj@{k}"] = sum(votes) / len(votes)
         result[f"pass@{k}"] = sum(passes) / len(passes)
+        if scores is not None:
+            result[f"rerank@{k}"] = sum(best) / len(best)
     return result
 
 
@@ -137,6 +150,33 @@ def completion_lines(problems, grades, temperature):
         }
 
 
+READ_TOKENS = 700  # of prompt and completion, by a verifier
+
+
+def rerank_scores(verifier, prompts, grades):
+    """The score of every completion, -inf where it has no answer; equal texts are read once."""
+    completions = verifier.encode(grades.texts)
+    samples = len(completions) // len(prompts)
+    scores, known = [], {}
+    for n, answer in enumerate(grades.answers):
+        row = (*prompts[n // samples], *completions[n])
+        if answer is not None and row not in known:
+            (known[row],) = verifier_scores(verifier, [row])
+        scores.append(-math.inf if answer is None else known[row])
+    return scores
+
+
+@torch.no_grad()
+def verifier_scores(verifier: Decoder, rows: list) -> list[float]:
+    """The logit of being right, V_phi at the last token, of each row of token ids."""
+    scores = []
+    with unsharded(verifier):
+        for row in rows:
+            tokens = torch.tensor([row[:READ_TOKENS]], device=verifier.embed.weight.device)
+            scores.append(verifier.values(verifier(tokens)[0, -1]).item())
+    return scores
+
+
 # ---- the script ----------------------------------------------------------------------------------
 
 
@@ -147,10 +187,12 @@ class Flags:
     samples: int = flag(0, "also sample so many completions a problem, for maj@k and pass@k", low=0)
     out: str = flag("runs", "folder for evaluations of models whose own folder is no run")
     seed: int = flag(0, "seed of the samples", low=0, high=MAX_SEED)
+    rerank: str | None = flag(None, "VERIFIER: a run of verifier.py, for rerank@k")
     keep_correct: str | None = flag(
         None, "FILE: write right completions of the training problems to it instead"
     )
     kept_samples: int = flag(10, "at most so many of them a problem (ReFT: 10)", low=1)
+    labels: bool = flag(False, "write all completions and which are right, for verifier.py")
     data: str | None = flag(None, "training problems of --keep-correct (default: the run's)")
     limit: int | None = flag(None, "use only the first so many of them", low=1)
 
@@ -170,8 +212,10 @@ class Config(ParsedFlags):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.keep_correct is None and (self.limit or self.data):
-            raise InputError("--limit and --data are for --keep-correct; take --test-limit")
+        if self.keep_correct is None and (self.limit or self.data or self.labels):
+            raise InputError("--limit, --data and --labels are for --keep-correct FILE")
+        if self.rerank is not None and not self.samples:
+            raise InputError("--rerank VERIFIER takes --samples of 1 or more")
         if self.keep_correct is not None and (len(self.runs) > 1 or not self.samples):
             raise InputError("--keep-correct FILE takes one run and --samples of 1 or more")
 
@@ -188,11 +232,16 @@ def main(config: Config) -> list[dict]:
     if len(set(folders)) < len(folders):
         raise InputError("two of the runs would write to the same folder; take them by turns")
     folders = [make_folder(folder) for folder in folders]
+    verifier = load(config.rerank, config.device, config.dtype) if config.rerank else None
     rows = []
     for run, run_config, folder in zip(config.runs, configs, folders, strict=True):
         problems = load_split(run_config, "test")
         model = load(run, config.device, config.dtype)
-        result = evaluate(model, problems, run_config, config.samples, config.seed, folder)
+        if verifier and verifier.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+            raise InputError(f"--rerank {config.rerank}: its tokens are not those of {run}")
+        result = evaluate(
+            model, problems, run_config, config.samples, config.seed, folder, verifier
+        )
         rows.append({"run": run, **result})
     if rank() == 0:
         print_table(rows)
@@ -240,7 +289,8 @@ def keep_correct(model: Decoder, config: Config) -> dict[str, int]:
             counts["right"] += grades.outcomes.count("right")
             for n, i in enumerate(indices):
                 own = slice(n * config.samples, (n + 1) * config.samples)
-                texts = kept_texts(problems[i], grades.texts[own], grades.outcomes[own], config)
+                outcomes = dict(zip(grades.texts[own], grades.outcomes[own], strict=True))
+                texts = kept_texts(problems[i], outcomes, config)
                 counts["kept"] += len(texts)
                 for text in texts:
                     row = {
@@ -248,6 +298,7 @@ def keep_correct(model: Decoder, config: Config) -> dict[str, int]:
                         "question": problems[i].question,
                         "answer_cot": text,
                         "answer_value": problems[i].answer,
+                        "label": int(outcomes.get(text, "right") == "right"),
                     }
                     lines.write(json.dumps(row) + "\n")
     if rank() == 0:
@@ -257,13 +308,17 @@ def keep_correct(model: Decoder, config: Config) -> dict[str, int]:
     return dict(counts)
 
 
-def kept_texts(problem, texts, outcomes, config):
-    """Different right completions that warm-up would learn as they stand, and the annotated one."""
-    right = [text for text, outcome in zip(texts, outcomes, strict=True) if outcome == "right"]
+def kept_texts(problem, outcomes, config):
+    """Right completions that warm-up would learn as they stand, and the annotated one.
+
+    outcomes: of each text. With --labels: all of them.
+    """
+    if config.labels:
+        return list(outcomes)
     whole = [
         text
-        for text in dict.fromkeys(right)
-        if make_target(replace(problem, cot=text), config.engine) == text
+        for text, outcome in outcomes.items()
+        if outcome == "right" and make_target(replace(problem, cot=text), config.engine) == text
     ]
     kept = whole[: config.kept_samples]  # samples come in random order
     annotated = make_target(problem, config.engine)

@@ -395,14 +395,15 @@ def nested_kl(model: Decoder, pairs: list[tuple[list[int], list[int]]], skips: T
     pairs: ids of (prompt, completion); the mean is over the tokens of the completions.
     skips: (masks, num_layers) bool.
     """
-    kl = torch.zeros(len(skips), dtype=torch.float64)
-    for prompt, completion in pairs:  # one by one, since (actions, vocab) can be large
-        tokens = torch.tensor([prompt + completion], device=model.embed.weight.device)
-        actions = slice(len(prompt) - 1, -1)  # column t predicts token t + 1
-        log_pi = model.logits(model(tokens)[0, actions]).log_softmax(-1)  # (actions, vocab)
-        for i, skip in enumerate(skips):
-            log_mu = model.logits(model(tokens, skip)[0, actions]).log_softmax(-1)
-            kl[i] += (log_mu.exp() * (log_mu - log_pi)).sum().item()
+    kl, device = torch.zeros(len(skips), dtype=torch.float64), model.embed.weight.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=model.autocast):  # as in `sample`
+        for prompt, completion in pairs:  # one by one, since (actions, vocab) can be large
+            tokens = torch.tensor([prompt + completion], device=device)
+            actions = slice(len(prompt) - 1, -1)  # column t predicts token t + 1
+            log_pi = model.logits(model(tokens)[0, actions]).log_softmax(-1)  # (actions, vocab)
+            for i, skip in enumerate(skips):
+                log_mu = model.logits(model(tokens, skip)[0, actions]).log_softmax(-1)
+                kl[i] += (log_mu.exp() * (log_mu - log_pi)).sum().item()
     return kl / sum(len(completion) for _, completion in pairs)
 
 

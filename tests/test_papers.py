@@ -50,11 +50,14 @@ def test_every_command_is_one_that_its_stage_takes_from_runs_that_an_earlier_one
     assert len(commands) > 10
     for stage, flags in filter(None, commands):
         config = stage.Config(**vars(flags))
-        sources = config.runs if stage.__name__ == "evaluate" else [config.model or "new"]
+        if stage.__name__ == "evaluate":
+            sources = [*config.runs, config.rerank or ""]
+        else:
+            sources = [config.model or ""]
         for source in sources:
             if source.startswith("runs/") and "*" not in source:
                 assert Path(source, "run.json").exists()
-        if stage.__name__ in ("warmup", "rl"):
+        if stage.__name__ in ("warmup", "rl", "verifier"):
             out = Path(config.out)
             out.mkdir(parents=True)  # no run is made twice
             (out / "config.json").touch()

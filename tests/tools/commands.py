@@ -10,11 +10,13 @@ import layers
 import evaluate
 import rl
 import rollout
+import verifier
 import warmup
 
 STAGES = {
     "warmup.py": warmup,
     "rl.py": rl,
+    "verifier.py": verifier,
     "evaluate.py": evaluate,
     "tests/tools/bench.py": bench,
     "tests/tools/layers.py": layers,

@@ -52,8 +52,15 @@ for MODEL in codellama/CodeLlama-7b-hf facebook/galactica-6.7b; do
   done <<<"$ROWS"
 done
 
-# RERANKING: a verifier of 100 samples for each problem of GSM8K (warmup.py --objective verifier,
-# evaluate.py --rerank) comes here.
+# ---- ReFT, reranking of 100 samples on GSM8K: a verifier a model and engine ----------------------
+for MODEL in CodeLlama-7b-hf galactica-6.7b; do
+  for DATA in gsm8k_nl gsm8k_python_sdp; do
+    NAME=runs/papers/$MODEL-$DATA
+    run evaluate.py "$NAME-warmup" --samples 100 --keep-correct "$NAME-labelled.jsonl" --labels
+    run verifier.py --model "$NAME-warmup" --data "$NAME-labelled.jsonl" --out "$NAME-verifier" $FIT
+    run evaluate.py "$NAME"-{sft,reft} --samples 100 --rerank "$NAME-verifier" --max-rows 32
+  done
+done
 
 # ---- ReFT, ablations: CodeLlama, programs for GSM8K ----------------------------------------------
 NAME=runs/papers/CodeLlama-7b-hf-gsm8k_python_sdp

@@ -1,0 +1,144 @@
+"""ReFT's reward model: it tells right completions from wrong ones, and reranks samples by that.
+
+    python evaluate.py runs/warmup --samples 100 --keep-correct labelled.jsonl --labels
+    python verifier.py --model runs/warmup --data labelled.jsonl
+    python evaluate.py runs/rl --samples 100 --rerank runs/verifier
+
+The whole model is trained, with its value head as the classifier of the last token (ReFT, section
+4.3). It starts from a warm-up model (the paper; its code: from the ReFT model). Departure: the last
+checkpoint counts, and not the best one on the test set.
+"""
+
+import shlex
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from evaluate import READ_TOKENS, verifier_scores
+from model import all_reduce, load, named_in_errors, rank, write_json
+from reward import TOY_STEPS, InputError, Problem, read_json_rows
+from rollout import encode_prompts, flag, run_script
+from warmup import (
+    Run,
+    TrainConfig,
+    batch_indices,
+    check_batch,
+    collate,
+    fingerprint,
+    learning_rate,
+    micro_batches,
+)
+
+
+def verifier_step(run: Run, examples: list, lr: float) -> tuple[float, float]:
+    """One optimizer step on the binary cross-entropy; returns it and the norm of its gradient.
+
+    examples: (token ids, label) pairs, label 1 where the completion is right, else 0.
+    """
+    tokens, lengths, _ = collate([(ids, []) for ids, _ in examples], run.device)  # (N, T), (N,)
+    labels = torch.tensor([float(label) for _, label in examples], device=run.device)  # (N,)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
+    for rows, T in micro_batches(lengths, run.config.micro_batch):
+        hidden = run.model(tokens[rows, :T])  # (n, T, d)
+        last = hidden[torch.arange(len(rows)), lengths[rows] - 1]  # (n, d)
+        logits = run.model.values(last)  # (n,): of being right
+        targets = labels[rows].to(logits.dtype)  # (n,)
+        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(examples)
+        loss.backward()
+        loss_sum += loss.detach()
+    return all_reduce(loss_sum).item(), run.update(lr, loss_sum)
+
+
+def main(config: "Config") -> dict:
+    """Train, evaluate on completions of held-out questions, save."""
+    model = load(config.model, config.device, config.dtype)
+    if not model.config.tied_head:
+        model.head.requires_grad_(False)  # nobody reads logits
+    examples, held_out = labelled_examples(config, model)
+    check_batch("--batch", config.batch, examples)
+    steps = config.steps or max(1, round(config.epochs * len(examples) / config.batch))
+    contents = fingerprint(examples, held_out, model)
+    run = VerifierRun("verifier", config, model, contents, steps)
+    run.held_out = held_out
+    for step in run.steps():
+        chosen = batch_indices(config.seed, step, config.batch, len(examples))
+        lr = learning_rate(config, step, steps)
+        loss, grad_norm = verifier_step(run, [examples[i] for i in chosen], lr)
+        run.stop_clock()
+        numbers = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
+        if run.is_evaluation_due(step):
+            numbers.update(run.evaluate())
+        run.record(numbers)
+        if run.is_save_due(step):
+            run.save()
+    next_command = f"python evaluate.py RUN --samples 100 --rerank {shlex.quote(config.out)}"
+    return run.finish(("loss", "accuracy"), next_command)
+
+
+class VerifierRun(Run):
+    """A run whose evaluation asks which completions of the held-out questions are right."""
+
+    def evaluate(self, out=None):
+        """Share of right labels, and of the larger kind of labels: what guessing would reach."""
+        rows, labels = zip(*self.held_out, strict=True)
+        scores = verifier_scores(self.model, rows)
+        hits = [(score > 0) == label for score, label in zip(scores, labels, strict=True)]
+        right = sum(labels) / len(labels)
+        result = {"accuracy": sum(hits) / len(hits), "guessing": max(right, 1 - right)}
+        if out is not None and rank() == 0:
+            write_json(out / "evaluation.json", result)
+        return result
+
+
+def labelled_examples(config, model):
+    """(token ids, label) pairs to train on, and those of the last tenth of the questions.
+
+    InputError for a file that `evaluate.py --labels` did not write, or that has one label only.
+    """
+    rows = [row for _, row in read_json_rows(config.data)]
+    with named_in_errors(config.data):
+        problems = [Problem(row["question"], row["answer_cot"], "") for row in rows]
+        labels = [int(row["label"]) for row in rows]
+    if set(labels) != {0, 1}:
+        raise InputError(f"--data {config.data}: it needs right completions and wrong ones")
+    prompts = encode_prompts(problems, model, config)
+    completions = model.encode([problem.cot for problem in problems])
+    questions = list(dict.fromkeys(problem.question for problem in problems))
+    last_tenth = set(questions[-max(1, len(questions) // 10) :])
+    examples, held_out = [], []
+    for problem, prompt, completion, label in zip(
+        problems, prompts, completions, labels, strict=True
+    ):
+        part = held_out if problem.question in last_tenth else examples
+        part.append(((prompt + completion)[:READ_TOKENS], label))
+    return examples, held_out
+
+
+@dataclass
+class Flags:
+    """Flags of verifier.py itself; defaults of the authors' script (the paper: batches of 48)."""
+
+    model: str = flag("runs/warmup", "directory or hub id of the warm-up model to start from")
+    out: str = flag("runs/verifier", "directory of the run")
+    steps: int | None = flag(None, "optimizer steps (default: as many as --epochs needs)", low=1)
+    epochs: float = flag(3.0, "passes over the labelled completions", low=1e-9)
+    batch: int = flag(24, "completions of one optimizer step", low=1)
+    lr: float | None = flag(
+        None, "reached after a tenth of the steps, then falls to 0 (toy: 1e-3, else 1e-6)", low=0
+    )
+
+
+@dataclass
+class Config(TrainConfig, Flags):
+    """All flags of verifier.py."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data is None:
+            raise InputError("--data is missing: a file of evaluate.py --keep-correct --labels")
+        self.fill_in({"lr": 1e-3 if self.task in TOY_STEPS else 1e-6})
+
+
+if __name__ == "__main__":
+    run_script(main, Config)
