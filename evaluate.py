@@ -213,7 +213,8 @@ class Config(ParsedFlags):
     def __post_init__(self):
         super().__post_init__()
         if self.keep_correct is None and (self.limit or self.data or self.labels):
-            raise InputError("--limit, --data and --labels are for --keep-correct FILE")
+            flags = "--limit, --data and --labels"
+            raise InputError(f"{flags} are for --keep-correct FILE; take --test-limit")
         if self.rerank is not None and not self.samples:
             raise InputError("--rerank VERIFIER takes --samples of 1 or more")
         if self.keep_correct is not None and (len(self.runs) > 1 or not self.samples):
