@@ -456,8 +456,8 @@ def fit_maps(model: Decoder, pairs: list[tuple[list[int], list[int]]]) -> Linear
 
         W, b = argmin  sum |W norm(x) + b - (f(x) - x)|^2 + ridge |(W, b)|^2
 
-    The first token of a Llama, to which some layers add a thousand times more than to others, does
-    not count. Memory: a third of the layers' weights in float64, before there are gradients.
+    The first token of a Llama, which some layers move a thousand times as far as others, is no row.
+    Memory: 2 d^2 float64 a layer, and as much to solve; gradients and moments come later.
     """
     L, d, device = len(model.layers), model.config.hidden_size, model.embed.weight.device
     maps = LinearMaps(model.config).to(device, model.embed.weight.dtype)

@@ -3,13 +3,11 @@
     python tests/tools/bench.py                       a random model: sample() beside generate() of
                                                       transformers, and what skipping layers buys
     python tests/tools/bench.py --shape 1.5b          the same in the shape of Qwen2.5-Math-1.5B
-    python tests/tools/bench.py --model runs/warmup   a trained model: also what skipping costs
     python tests/tools/bench.py --grading             completions and programs graded a second
 
 Writes bench.json, and skips.png: tokens/s against the skip ratio.
 """
 
-import statistics
 import sys
 import tempfile
 import time
@@ -30,27 +28,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from evaluate import make_folder, print_table
-from model import (
-    MEASURED,
-    Decoder,
-    load,
-    measure_layers,
-    nested_kl,
-    sample_skip,
-    skip_pool,
-    write_json,
-)
+from model import Decoder, LinearMaps, sample_skip, skip_pool, write_json
 from reward import TASKS, judge
-from rollout import (
-    Rollout,
-    encode_prompts,
-    fitting,
-    flag,
-    grade,
-    load_split,
-    run_script,
-    sample,
-)
+from rollout import Rollout, flag, run_script, sample
 from sandbox import run_programs
 from warmup import TrainConfig
 
@@ -82,7 +62,7 @@ WORK = {  # rows, tokens of the longest prompt, new tokens
 class Config(TrainConfig):
     """Flags of bench.py."""
 
-    model: str | None = flag(None, "directory or hub id of a trained model (default: random ones)")
+    model = None  # no flag: the models are random
     grading: bool = flag(False, "time reward.py and sandbox.py instead")
     shape: Literal["toy", "1.5b"] = flag("toy", "of the random models")
     skip_ratios: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5])
@@ -102,11 +82,8 @@ def main(config: Config):
     print(setting)
     if config.grading:
         tables = {"grading": grading_speeds(config)}
-    elif config.model is not None:
-        tables = {"skips": trained_skips(config)}
     else:
         tables = random_tables(config)
-    if "skips" in tables:
         draw(tables["skips"], out / "skips.png")
     for name, rows in tables.items():
         print(name)
@@ -144,7 +121,7 @@ def random_tables(config: Config) -> dict[str, list]:
         speeds = race(sides, config.rounds)
         ratio = speeds["sample"] / speeds["generate"]
         rows.append({"workload": name, **speeds, "ratio": ratio})
-    skips, _ = skip_speeds(ours, works["fixed"], {0.0, *config.skip_ratios, 1.0}, config)
+    skips = skip_speeds(ours, works["fixed"], config)
     return {"workloads": rows, "skips": skips, "training": [training_speeds(ours, config)]}
 
 
@@ -236,80 +213,59 @@ def training_speeds(model: Decoder, config: Config) -> dict:
     return {**speeds, "share": speeds["training"] / speeds["products"]}
 
 
-# ---- what skipping layers buys and costs ---------------------------------------------------------
+# ---- what skipping layers buys -------------------------------------------------------------------
 
 
-def skip_speeds(model: Decoder, work: dict, ratios: set, config: Config) -> tuple[list, dict]:
-    """A row for each skip ratio below 1, and the rollouts of each ratio.
+def skip_speeds(model: Decoder, work: dict, config: Config) -> list[dict]:
+    """A row for each skip ratio: tokens/s with nothing and with maps in place of skipped layers.
 
-    ideal: the tokens/s if a skipped layer cost nothing. The share of the layers in a rollout is
-    known from rollouts that skip all of them (ratio 1), and taken as 1 where there are none.
+    ideal: if a skipped layer cost nothing. The share of the layers in a rollout is known from
+    rollouts that skip all of them.
     """
     num_layers = len(model.layers)
-    rollouts = {ratio: [] for ratio in sorted(ratios)}
+    maps = LinearMaps(model.config).to(model.embed.weight.device)
+    if model.autocast:
+        maps.bfloat16()
 
-    def side(seed: int, ratio: float) -> int:
+    def side(seed: int, ratio: float, linear_maps: LinearMaps | None) -> int:
         skip = torch.ones(num_layers, dtype=torch.bool)
         if ratio < 1:
-            pool = skip_pool(model, round(ratio * num_layers), config.skip_layers)
-            generator = torch.Generator().manual_seed(seed)
-            skip = sample_skip(num_layers, ratio, generator, pool)
-        rollout = sample(model, **work, skip=skip, seed=seed)
-        rollouts[ratio].append(rollout)
-        return count_sampled(rollout)
+            pool = skip_pool(model, 0, "inner")
+            skip = sample_skip(num_layers, ratio, torch.Generator().manual_seed(seed), pool)
+        model.linear_maps = linear_maps
+        return count_sampled(sample(model, **work, skip=skip, seed=seed))
 
-    speeds = race({ratio: partial(side, ratio=ratio) for ratio in rollouts}, config.rounds)
-    full = speeds[0.0]
-    layers_share = 1 - full / speeds.pop(1.0) if 1.0 in speeds else 1.0
+    sides = {"none": partial(side, ratio=1.0, linear_maps=None)}
+    for ratio in (0.0, *config.skip_ratios):
+        sides[ratio, "identity"] = partial(side, ratio=ratio, linear_maps=None)
+        sides[ratio, "linear"] = partial(side, ratio=ratio, linear_maps=maps)
+    speeds = race(sides, config.rounds)
+    full = speeds[0.0, "identity"]
+    layers_share = 1 - full / speeds["none"]
     rows = []
-    for ratio, speed in speeds.items():
+    for ratio in (0.0, *config.skip_ratios):
         skipped = round(ratio * num_layers)
         rows.append(
             {
                 "skip_ratio": ratio,
                 "layers_skipped": skipped,
-                "tokens_per_second": speed,
+                "identity": speeds[ratio, "identity"],
+                "linear": speeds[ratio, "linear"],
                 "ideal": full / (1 - layers_share * skipped / num_layers),
-                "speed_up": speed / full,
             }
         )
-    return rows, rollouts
-
-
-def trained_skips(config: Config) -> list:
-    """Of a trained model also what skipping costs: KL(mu||pi) per token, and the accuracy of mu."""
-    model = load(config.model, config.device, config.dtype)
-    problems = load_split(config, "test")
-    prompts = encode_prompts(problems, model, config)
-    fitting(prompts, model, config.max_new_tokens, is_training=False)
-    sampling = config.sampling(model)
-    if config.skip_layers == "cheap":
-        measure_layers(model, sample(model, prompts[:MEASURED], **sampling).pairs())
-    work = {"prompts": prompts, **sampling}
-    rows, rollouts = skip_speeds(model, work, {0.0, *config.skip_ratios}, config)
-    for row in rows:
-        kls, shares = [], []
-        for rollout in rollouts[row["skip_ratio"]]:
-            kls.append(nested_kl(model, rollout.pairs(), rollout.skip[None]).item())
-            outcomes = grade(rollout, problems, model, config).outcomes
-            shares.append(outcomes.count("right") / len(problems))
-        row["kl_behav"] = statistics.mean(kls)
-        row["accuracy"] = statistics.mean(shares)
     return rows
 
 
 def draw(rows: list[dict], file: Path):
-    """Tokens/s against the skip ratio, and what the nested models lose."""
-    names = [name for name in ("tokens_per_second", "kl_behav", "accuracy") if name in rows[0]]
-    figure = Figure(figsize=(4 * len(names), 2.8), layout="constrained")
+    """Tokens/s against the skip ratio."""
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    panel = figure.add_subplot()
     ratios = [row["skip_ratio"] for row in rows]
-    for number, name in enumerate(names, 1):
-        panel = figure.add_subplot(1, len(names), number)
-        panel.plot(ratios, [row[name] for row in rows], ".-")
-        if name == "tokens_per_second":
-            panel.plot(ratios, [row["ideal"] for row in rows], "--", label="ideal")
-            panel.legend()
-        panel.set(xlabel="skip ratio", title=name.replace("_", " "), ylim=(0, None))
+    for name in ("identity", "linear", "ideal"):
+        panel.plot(ratios, [row[name] for row in rows], ".-", label=name)
+    panel.legend()
+    panel.set(xlabel="skip ratio", title="tokens per second", ylim=(0, None))
     figure.savefig(file, dpi=110)
     print(f"figure: {file}")
 
