@@ -1,12 +1,13 @@
 """Greedy accuracy, maj@k, pass@k, rerank@k of any run on any task; self-training data; figures.
 
     python evaluate.py runs/warmup runs/rl --samples 8
+    python evaluate.py runs/rl --samples 100 --rerank runs/verifier
     python evaluate.py runs/warmup --samples 100 --keep-correct right.jsonl
 
 Samples are drawn at temperature 1. maj@k votes on the canonical answers of disjoint blocks of k
 samples; completions without an answer do not vote, and the first of equals wins. rerank@k takes
 the completion of a block, among those with an answer, that a verifier finds best (verifier.py).
-The second command writes right completions of the training problems as training problems (ReFT,
+The third command writes right completions of the training problems as training problems (ReFT,
 section 4.2).
 """
 
@@ -21,7 +22,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import Decoder, load, named_in_errors, rank, unsharded, write_json
+from model import (
+    Decoder,
+    all_gather,
+    load,
+    named_in_errors,
+    rank,
+    unsharded,
+    world_size,
+    write_json,
+)
 from reward import InputError, Problem, make_target
 from rollout import (
     MAX_SEED,
@@ -51,7 +61,7 @@ def evaluate(
     """Greedy accuracy, and maj@k and pass@k from `samples` completions a problem.
 
     out: the folder for evaluation.json and, with a line a completion, evaluation.jsonl.
-    verifier: for rerank@k.
+    verifier: a run of verifier.py, whose scores give rerank@k.
     """
     prompts = encode_prompts(problems, model, config)
     fitting(prompts, model, config.max_new_tokens, is_training=False)
@@ -100,7 +110,8 @@ def sampled_accuracy(grades, samples, scores=None):
                 span = slice(block, block + k)
                 votes.append(majority_is_right(grades.answers[span], is_right[span]))
                 if scores is not None:
-                    best.append(is_right[block + scores[span].index(max(scores[span]))])
+                    winner = max(range(block, block + k), key=scores.__getitem__)
+                    best.append(is_right[winner])  # no answer in the block: not right
             passes.append(pass_at_k(samples, sum(is_right[start : start + samples]), k))
         result[f"maj@{k}"] = sum(votes) / len(votes)
         result[f"pass@{k}"] = sum(passes) / len(passes)
@@ -150,31 +161,37 @@ def completion_lines(problems, grades, temperature):
         }
 
 
-READ_TOKENS = 700  # of prompt and completion, by a verifier
+READ_TOKENS = 700  # of prompt and completion that a verifier reads (ReFT's script)
 
 
 def rerank_scores(verifier, prompts, grades):
     """The score of every completion, -inf where it has no answer; equal texts are read once."""
     completions = verifier.encode(grades.texts)
     samples = len(completions) // len(prompts)
-    scores, known = [], {}
-    for n, answer in enumerate(grades.answers):
-        row = (*prompts[n // samples], *completions[n])
-        if answer is not None and row not in known:
-            (known[row],) = verifier_scores(verifier, [row])
-        scores.append(-math.inf if answer is None else known[row])
-    return scores
+    rows = [(*prompts[n // samples], *ids) for n, ids in enumerate(completions)]
+    distinct = list(dict.fromkeys(rows))
+    score_of = dict(zip(distinct, verifier_scores(verifier, distinct), strict=True))
+    # by the answer: a completion that was cut can have the text of one that ended
+    return [
+        -math.inf if answer is None else score_of[row]
+        for row, answer in zip(rows, grades.answers, strict=True)
+    ]
 
 
 @torch.no_grad()
 def verifier_scores(verifier: Decoder, rows: list) -> list[float]:
     """The logit of being right, V_phi at the last token, of each row of token ids."""
+    device = verifier.embed.weight.device
+    # one block: it keeps the bf16 copies of the weights
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=verifier.autocast)
     scores = []
-    with unsharded(verifier):
-        for row in rows:
-            tokens = torch.tensor([row[:READ_TOKENS]], device=verifier.embed.weight.device)
-            scores.append(verifier.values(verifier(tokens)[0, -1]).item())
-    return scores
+    with unsharded(verifier), autocast:
+        for row in rows[rank() :: world_size()]:
+            tokens = torch.tensor([row[:READ_TOKENS]], device=device)
+            last = verifier(tokens)[0, -1]  # (d,)
+            scores.append(verifier.values(last).item())
+    parts = all_gather(scores)  # each process has read every n-th row
+    return [parts[n % world_size()][n // world_size()] for n in range(len(rows))]
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -192,7 +209,9 @@ class Flags:
         None, "FILE: write right completions of the training problems to it instead"
     )
     kept_samples: int = flag(10, "at most so many of them a problem (ReFT: 10)", low=1)
-    labels: bool = flag(False, "write all completions and which are right, for verifier.py")
+    labels: bool = flag(
+        False, "with --keep-correct: write every completion, label 1 if right, for verifier.py"
+    )
     data: str | None = flag(None, "training problems of --keep-correct (default: the run's)")
     limit: int | None = flag(None, "use only the first so many of them", low=1)
 
@@ -240,6 +259,8 @@ def main(config: Config) -> list[dict]:
         model = load(run, config.device, config.dtype)
         if verifier and verifier.tokenizer.get_vocab() != model.tokenizer.get_vocab():
             raise InputError(f"--rerank {config.rerank}: its tokens are not those of {run}")
+        if verifier and not verifier.value_head.weight.any():
+            raise InputError(f"--rerank {config.rerank}: no run of verifier.py, its V is 0")
         result = evaluate(
             model, problems, run_config, config.samples, config.seed, folder, verifier
         )
@@ -299,20 +320,22 @@ def keep_correct(model: Decoder, config: Config) -> dict[str, int]:
                         "question": problems[i].question,
                         "answer_cot": text,
                         "answer_value": problems[i].answer,
-                        "label": int(outcomes.get(text, "right") == "right"),
                     }
+                    if config.labels:
+                        row["label"] = int(outcomes[text] == "right")
                     lines.write(json.dumps(row) + "\n")
     if rank() == 0:
         os.replace(new, file)
     shares = f"{counts['right']} of {counts['sampled']} completions are right"
-    print(f"{file}: {shares}, {counts['kept']} are kept, the annotated ones among them")
+    annotated = "" if config.labels else ", the annotated ones among them"
+    print(f"{file}: {shares}, {counts['kept']} are kept{annotated}")
     return dict(counts)
 
 
 def kept_texts(problem, outcomes, config):
-    """Right completions that warm-up would learn as they stand, and the annotated one.
+    """The texts to write: right ones that warm-up learns as they stand, and the annotated one.
 
-    outcomes: of each text. With --labels: all of them.
+    outcomes: text -> outcome, of all samples of the problem. With --labels: every text.
     """
     if config.labels:
         return list(outcomes)

@@ -5,8 +5,8 @@
     mu        #   .   #   #   .   #   #   #      skip = (F, T, F, F, T, F, F, F)
 
 A skipped layer (.) is the identity: its input is the input of the next layer. It does no work and
-owns no part of the KV cache. (Ours, for pretrained models: it leaves its best linear map behind,
-see `LinearMaps`.) The mask is an argument of every pass, the same while a prompt is read
+owns no part of the KV cache. (Ours, for pretrained models: a linear map takes its place, see
+`LinearMaps`.) The mask is an argument of every pass, the same while a prompt is read
 (prefill) and while tokens are drawn (decode), so that log mu of a finished completion equals one
 masked pass over it.
 
@@ -48,9 +48,9 @@ from transformers.utils import cached_file, logging
 from reward import InputError
 
 MEASURED = 16  # completions that tell what leaving out a layer costs
-FITTED = 128  # completions to which linear maps are fitted: 10 to 25 tokens a feature
-RIDGE = 0.02  # of that fit, as a share of the mean square of a feature
-OUTLIER = 30  # times its usual length, and what a layer adds is no row of the fit
+FITTED = 128  # completions to which linear maps are fitted
+RIDGE = 0.02  # penalty of that fit, relative to the mean square of a feature
+OUTLIER = 30  # tokens that a layer moves so many times the median distance are left out of the fit
 OPT_OFFSET = 2  # OPT keeps two unused rows at the start of its position table
 
 
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             for number, layer in enumerate(self.layers):
                 if number not in kept:
-                    # eq. (2): a skipped layer is the identity
+                    # eq. (2): the identity; beyond the paper: a linear map
                     if self.linear_maps is not None:
                         x = self.linear_maps(number, x)
                     continue
@@ -395,7 +395,8 @@ def nested_kl(model: Decoder, pairs: list[tuple[list[int], list[int]]], skips: T
     pairs: ids of (prompt, completion); the mean is over the tokens of the completions.
     skips: (masks, num_layers) bool.
     """
-    kl, device = torch.zeros(len(skips), dtype=torch.float64), model.embed.weight.device
+    device = model.embed.weight.device
+    kl = torch.zeros(len(skips), dtype=torch.float64)
     with torch.autocast(device.type, torch.bfloat16, enabled=model.autocast):  # as in `sample`
         for prompt, completion in pairs:  # one by one, since (actions, vocab) can be large
             tokens = torch.tensor([prompt + completion], device=device)
@@ -418,10 +419,11 @@ def is_measured(model, skip_with):
 
 
 def measure_layers(model: Decoder, pairs: list[tuple[list[int], list[int]]], skip_with: str):
-    """Measure KL(mu || pi) per token without each single layer, into `hf_config.layer_kl`.
+    """Set `hf_config.layer_kl`: KL(mu || pi) per token without each single layer.
 
-    skip_with "linear": fit `linear_maps` to the pairs before; the first MEASURED of them measure.
-    Once: a checkpoint carries numbers and maps to every later run.
+    With skip_with "linear" the maps are fitted to all pairs first, and measured with. The KL is the
+    mean over the first MEASURED pairs: in-sample, it serves to order the layers. A checkpoint
+    carries both, and what it carries is kept.
     """
     if is_measured(model, skip_with):
         return
@@ -431,11 +433,12 @@ def measure_layers(model: Decoder, pairs: list[tuple[list[int], list[int]]], ski
 
 
 class LinearMaps(nn.Module):
-    """What skipped layers leave behind: layer i becomes x + W_i norm(x) + b_i.
+    """Linear stand-ins for skipped layers: x + W_i norm(x) + b_i in place of layer i.
 
-    `fit_maps` fits them; nothing trains them. A map costs a twelfth of its layer and owns no cache.
-    norm has no scale: W contains it. After ReplaceMe (arXiv 2505.02819), which removes a block of
-    layers for good. mu stays a model whose log-probabilities are known: no correction changes.
+    Fitted once by `fit_maps`, then constant while pi moves (`kl_behav` shows what that costs). A
+    map has d^2 weights, a layer 12 d^2 or more; it owns no cache. norm needs no scale: W has it.
+    After ReplaceMe (arXiv 2505.02819): there one map replaces a block of layers for good. The
+    log-probabilities of mu stay known, so every correction holds as it is.
     """
 
     def __init__(self, config):
@@ -452,42 +455,46 @@ class LinearMaps(nn.Module):
 
 @torch.no_grad()
 def fit_maps(model: Decoder, pairs: list[tuple[list[int], list[int]]]) -> LinearMaps:
-    """The least-squares map of every layer f, over the tokens of (prompt, completion) pairs:
+    """The ridge regression of what each layer f adds, over the tokens of prompts and completions:
 
         W, b = argmin  sum |W norm(x) + b - (f(x) - x)|^2 + ridge |(W, b)|^2
 
-    The first token of a Llama, which some layers move a thousand times as far as others, is no row.
-    Memory: 2 d^2 float64 a layer, and as much to solve; gradients and moments come later.
+    Tokens that a layer moves over OUTLIER times as far as the median token of their sequence are
+    left out, or they alone would be fitted: often the first token of a Llama.
+    Memory: about 4 d^2 float64 a layer, before gradients and moments are there.
     """
-    L, d, device = len(model.layers), model.config.hidden_size, model.embed.weight.device
+    L, d = len(model.layers), model.config.hidden_size
+    device = model.embed.weight.device
     maps = LinearMaps(model.config).to(device, model.embed.weight.dtype)
     # sums over tokens of u u^T and u y^T, where u = (norm(x), 1) and y = f(x) - x
     uu = torch.zeros(L, d + 1, d + 1, dtype=torch.float64, device=device)
     uy = torch.zeros(L, d + 1, d, dtype=torch.float64, device=device)
 
-    def add(number, layer, inputs, output):
+    def accumulate(number, layer, inputs, output):
         x = inputs[0][0].double()  # (T, d)
         y = output[0].double() - x  # (T, d)
-        length = y.norm(dim=-1)  # (T,)
-        is_usual = length <= OUTLIER * length.median()  # (T,)
+        distance = y.norm(dim=-1)  # (T,)
+        is_usual = distance <= OUTLIER * distance.median()  # (T,)
         u = F.pad(maps.norm(x), (0, 1), value=1.0)[is_usual]  # (tokens, d + 1)
         uu[number] += u.T @ u
         uy[number] += u.T @ y[is_usual]
 
     hooks = [
-        layer.register_forward_hook(partial(add, number))
+        layer.register_forward_hook(partial(accumulate, number))
         for number, layer in enumerate(model.layers)
     ]
     for prompt, completion in pairs:
         model(torch.tensor([prompt + completion], device=device))
     for hook in hooks:
         hook.remove()
-    mean_square = uu.diagonal(dim1=1, dim2=2).mean(1)  # (L,)
-    penalty = RIDGE * mean_square[:, None, None] * torch.eye(d + 1, device=device)
-    fit = torch.linalg.solve(uu + penalty, uy)  # (L, d + 1, d): W and b, transposed
+    diagonal = uu.diagonal(dim1=1, dim2=2)  # (L, d + 1), a view of uu
+    diagonal += RIDGE * diagonal.mean(1, keepdim=True)
+    fit = torch.linalg.solve(uu, uy)  # (L, d + 1, d): W and b, transposed
     maps.weight.copy_(fit[:, :d].mT)
     maps.bias.copy_(fit[:, d])
-    return maps.bfloat16() if model.autocast else maps  # as every pass would make them anew
+    if model.autocast:
+        maps.bfloat16()  # or autocast would cast them in every pass
+    return maps
 
 
 # ---- Hugging Face: configs -----------------------------------------------------------------------

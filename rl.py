@@ -224,7 +224,7 @@ def main(config: "Config") -> dict:
     # Without a critic AdamW keeps no moments of it, as --resume expects.
     model.value_head.requires_grad_(config.value_coef > 0)
     contents = fingerprint(problems, [prompts, annotated], reference)
-    run = Run("rl", config, model, contents, config.steps)
+    run = Run("rl", config, model, contents, config.steps, pool=pool)
     freeze(reference)  # after the fingerprint, which is of fp32 weights
 
     for step in run.steps():
@@ -234,6 +234,7 @@ def main(config: "Config") -> dict:
         questions = config.rollout_batch // config.samples
         chosen = batch_indices(config.seed, step, questions, len(problems))
         batch_problems = [problems[i] for i in chosen]
+        pool = run.state["pool"]
         skip = sample_skip(num_layers, config.skip_ratio, generator, pool)  # eq. (2)
 
         # 2. completions from the nested behavior model mu
@@ -423,6 +424,7 @@ def minibatches(count, config, step, generator):
 def freeze(reference):
     """No gradients; where passes run in bf16, bf16 layers: the same numbers in half the memory."""
     reference.requires_grad_(False)
+    reference.linear_maps = None  # it never skips
     if reference.autocast:
         for module in reference.layers.modules():
             if isinstance(module, nn.Linear):
@@ -434,7 +436,7 @@ def freeze(reference):
 
 
 def own_completions(reference, prompts, config):
-    """What the layers that mu may skip are measured on, and linear maps fitted to."""
+    """Sampled (prompt, completion) pairs of the first FITTED problems, for `nested_pool`."""
     sampling = config.sampling(reference)
     return sample(reference, prompts[:FITTED], seed=config.seed, **sampling).pairs()
 

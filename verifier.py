@@ -5,8 +5,9 @@
     python evaluate.py runs/rl --samples 100 --rerank runs/verifier
 
 The whole model is trained, with its value head as the classifier of the last token (ReFT, section
-4.3). It starts from a warm-up model (the paper; its code: from the ReFT model). Departure: the last
-checkpoint counts, and not the best one on the test set.
+4.3). It starts from a warm-up model, as in the paper; the authors' code starts from the model whose
+samples are reranked (SFT or ReFT). Departures: one logit that starts at 0 (their code: two, at
+random), and the last checkpoint counts, not the best one on the test set.
 """
 
 import shlex
@@ -34,7 +35,7 @@ from warmup import (
 def verifier_step(run: Run, examples: list, lr: float) -> tuple[float, float]:
     """One optimizer step on the binary cross-entropy; returns it and the norm of its gradient.
 
-    examples: (token ids, label) pairs, label 1 where the completion is right, else 0.
+    examples: (token ids, label) pairs, label True where the completion is right.
     """
     tokens, lengths, _ = collate([(ids, []) for ids, _ in examples], run.device)  # (N, T), (N,)
     labels = torch.tensor([float(label) for _, label in examples], device=run.device)  # (N,)
@@ -44,7 +45,8 @@ def verifier_step(run: Run, examples: list, lr: float) -> tuple[float, float]:
         last = hidden[torch.arange(len(rows)), lengths[rows] - 1]  # (n, d)
         logits = run.model.values(last)  # (n,): of being right
         targets = labels[rows].to(logits.dtype)  # (n,)
-        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(examples)
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")  # (n,)
+        loss = losses.sum() / len(examples)  # of the whole step, as in `supervised_step`
         loss.backward()
         loss_sum += loss.detach()
     return all_reduce(loss_sum).item(), run.update(lr, loss_sum)
@@ -53,6 +55,7 @@ def verifier_step(run: Run, examples: list, lr: float) -> tuple[float, float]:
 def main(config: "Config") -> dict:
     """Train, evaluate on completions of held-out questions, save."""
     model = load(config.model, config.device, config.dtype)
+    model.linear_maps = None  # it never skips
     if not model.config.tied_head:
         model.head.requires_grad_(False)  # nobody reads logits
     examples, held_out = labelled_examples(config, model)
@@ -60,7 +63,7 @@ def main(config: "Config") -> dict:
     steps = config.steps or max(1, round(config.epochs * len(examples) / config.batch))
     contents = fingerprint(examples, held_out, model)
     run = VerifierRun("verifier", config, model, contents, steps)
-    run.held_out = held_out
+    run.held_out = held_out  # for its evaluations
     for step in run.steps():
         chosen = batch_indices(config.seed, step, config.batch, len(examples))
         lr = learning_rate(config, step, steps)
@@ -80,32 +83,33 @@ class VerifierRun(Run):
     """A run whose evaluation asks which completions of the held-out questions are right."""
 
     def evaluate(self, out=None):
-        """Share of right labels, and of the larger kind of labels: what guessing would reach."""
+        """Accuracy on the held-out completions, and that of always guessing the commoner label."""
         rows, labels = zip(*self.held_out, strict=True)
         scores = verifier_scores(self.model, rows)
-        hits = [(score > 0) == label for score, label in zip(scores, labels, strict=True)]
-        right = sum(labels) / len(labels)
-        result = {"accuracy": sum(hits) / len(hits), "guessing": max(right, 1 - right)}
+        hits = sum((score > 0) == label for score, label in zip(scores, labels, strict=True))
+        share = sum(labels) / len(labels)
+        result = {"accuracy": hits / len(labels), "guessing": max(share, 1 - share)}
         if out is not None and rank() == 0:
             write_json(out / "evaluation.json", result)
         return result
 
 
 def labelled_examples(config, model):
-    """(token ids, label) pairs to train on, and those of the last tenth of the questions.
+    """(token ids, label) pairs: for training, and held out, of the last tenth of the questions.
 
     InputError for a file that `evaluate.py --labels` did not write, or that has one label only.
     """
-    rows = [row for _, row in read_json_rows(config.data)]
+    rows = [row for _, row in read_json_rows(config.data)][: config.limit]
     with named_in_errors(config.data):
         problems = [Problem(row["question"], row["answer_cot"], "") for row in rows]
-        labels = [int(row["label"]) for row in rows]
-    if set(labels) != {0, 1}:
+        labels = [row["label"] == 1 for row in rows]
+    if len(set(labels)) < 2:
         raise InputError(f"--data {config.data}: it needs right completions and wrong ones")
     prompts = encode_prompts(problems, model, config)
     completions = model.encode([problem.cot for problem in problems])
-    questions = list(dict.fromkeys(problem.question for problem in problems))
-    last_tenth = set(questions[-max(1, len(questions) // 10) :])
+    questions = list(dict.fromkeys(problem.question for problem in problems))  # in order, once
+    count = max(1, len(questions) // 10)
+    last_tenth = set(questions[-count:])
     examples, held_out = [], []
     for problem, prompt, completion, label in zip(
         problems, prompts, completions, labels, strict=True
@@ -134,9 +138,9 @@ class Config(TrainConfig, Flags):
     """All flags of verifier.py."""
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.data is None:
+        if self.data is None:  # asked here, before that of the warm-up is inherited
             raise InputError("--data is missing: a file of evaluate.py --keep-correct --labels")
+        super().__post_init__()
         self.fill_in({"lr": 1e-3 if self.task in TOY_STEPS else 1e-6})
 
 

@@ -161,7 +161,8 @@ def main(config: "Config") -> dict:
     pool = nested_pool(model, config, lambda: examples[:FITTED])
     steps = config.steps or max(1, round(config.epochs * len(problems) / config.batch))
     contents = fingerprint(problems, examples, model if config.model else None)
-    run = Run("warmup", config, model, contents, steps, config.weight_decay, config.beta2)
+    adam = config.weight_decay, config.beta2
+    run = Run("warmup", config, model, contents, steps, *adam, pool=pool)
 
     for step in run.steps():
         # 2. a batch, and for a share of the batches a skip mask
@@ -169,6 +170,7 @@ def main(config: "Config") -> dict:
         skip = None
         if rng.random() < config.layer_dropout:
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+            pool = run.state["pool"]
             skip = sample_skip(num_layers, config.skip_ratio, generator, pool)  # eq. (2)
         chosen = batch_indices(config.seed, step, config.batch, len(examples))
         batch = [examples[i] for i in chosen]
@@ -225,7 +227,9 @@ class TrainConfig(SharedConfig):
         None, "layers that may be skipped: inner, cheap, or 3,5,7 (toy: inner, else cheap)"
     )
     skip_with: Literal["identity", "linear"] | None = flag(
-        None, "what stands in their place (default: the run's; toy: identity, else linear)"
+        None,
+        "what stands in their place (default: that of a run on this task; toy: identity, "
+        "else linear)",
     )
 
     def __post_init__(self):
@@ -380,20 +384,23 @@ def close_thought(target):
 
 
 def nested_pool(model: Decoder, config: TrainConfig, completions: Callable) -> list[int]:
-    """The layers that mu may skip; see `skip_pool`. InputError where it would skip too many.
+    """The layers that mu may skip, see `skip_pool`; they are measured, and get maps, if need be.
 
-    completions: a function, of FITTED (prompt, completion) pairs, which measure the layers where
-    nobody has done so with the same --skip-with.
+    completions: returns (prompt, completion) pairs; called only if there is something to measure.
+    InputError for a --skip-ratio or --skip-layers that cannot be.
     """
-    if config.skip_ratio == 0 or not is_measured(model, config.skip_with):
-        model.linear_maps = None
-        is_paper = config.skip_layers != "cheap" and config.skip_with == "identity"
-        if config.skip_ratio > 0 and not is_paper:
-            measure_layers(model, completions(), config.skip_with)
     num_layers = len(model.layers)
-    pool = skip_pool(model, round(config.skip_ratio * num_layers), config.skip_layers)
-    sample_skip(num_layers, config.skip_ratio, pool=pool)  # raises now, and not in the loop
-    return pool
+    count = round(config.skip_ratio * num_layers)
+    is_cheap = config.skip_layers == "cheap"
+    pool = None if is_cheap else skip_pool(model, count, config.skip_layers)
+    sample_skip(num_layers, config.skip_ratio, pool=pool)  # refused now, and not in the loop
+    if config.skip_ratio == 0 or not is_measured(model, config.skip_with):
+        if model.linear_maps is not None:  # of other weights soon, or not asked for
+            model.linear_maps = model.hf_config.layer_kl = None
+        if config.skip_ratio > 0 and (is_cheap or config.skip_with == "linear"):
+            measure_layers(model, completions(), config.skip_with)
+    pool = skip_pool(model, count, config.skip_layers)
+    return all_gather(pool)[0]  # rounding may differ; all processes must skip the same layers
 
 
 def check_batch(name, size, problems):
@@ -474,7 +481,7 @@ UNSHARDED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 class Run:
     """A model in training and its folder.
 
-    state: plain numbers that move from step to step; a checkpoint holds them.
+    state: plain numbers, of the steps so far and of what was measured; a checkpoint holds them.
     tests: the test problems.
     """
 
@@ -782,7 +789,12 @@ def make_optimizer(model, weight_decay, beta2):
     weights = [p for p in model.parameters() if p.requires_grad]
     matrices = {"params": [p for p in weights if p.dim() >= 2], "weight_decay": weight_decay}
     vectors = {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0}
-    return torch.optim.AdamW([matrices, vectors], betas=(0.9, beta2), fused=True)
+    optimizer = torch.optim.AdamW([matrices, vectors], betas=(0.9, beta2), fused=True)
+    for p in weights:  # also of layers that no step has trained yet, as --resume expects
+        step = torch.zeros((), device=p.device)
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": step, **moments}
+    return optimizer
 
 
 @functools.cache  # a process may take its folder twice

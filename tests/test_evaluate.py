@@ -216,7 +216,6 @@ def test_right_completions_are_kept_once_and_warm_up_trains_on_exactly_them(
             "question": problem.question,
             "answer_cot": text,
             "answer_value": problem.answer,
-            "label": 1,
         }
         for n, (problem, text) in enumerate(kept)
     ]

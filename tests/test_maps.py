@@ -1,6 +1,7 @@
 """Linear maps in place of skipped layers: least squares by other hands, and every path of them."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig
 
 import model as model_file
+import warmup
 from evaluate import read_metrics
-from model import Decoder, fit_maps, load, measure_layers, nested_kl, sample_skip
+from model import Decoder, fit_maps, is_measured, load, measure_layers, nested_kl, sample_skip
 from reward import InputError
 from rl import Config, batch_stats
 from rollout import sample
@@ -54,13 +56,18 @@ def test_the_maps_are_ridge_regressions_of_what_each_layer_adds(model, monkeypat
     monkeypatch.setattr(model_file, "OUTLIER", float("inf"))
     pairs = random_pairs()
     maps = fit_maps(model, pairs)
-    seen = {number: [] for number in range(4)}
+    seen = {number: ([], []) for number in range(4)}
+
+    def keep(number, layer, inputs, output):
+        seen[number][0].append(inputs[0][0])  # (T, d)
+        seen[number][1].append(output[0])  # (T, d)
+
     for number, layer in enumerate(model.layers):
-        layer.register_forward_hook(lambda _, x, y, number=number: seen[number].append((x[0], y)))
+        layer.register_forward_hook(partial(keep, number))
     for prompt, completion in pairs:
         model(torch.tensor([prompt + completion]))
     for number in range(4):
-        x, y = (torch.cat(parts, 1)[0] for parts in zip(*seen[number], strict=True))
+        x, y = torch.cat(seen[number][0]), torch.cat(seen[number][1])  # (tokens, d) each
         u = torch.cat([maps.norm(x), torch.ones(len(x), 1)], 1)
         size = u.shape[1]
         ridge = (model_file.RIDGE * (u**2).sum() / size) ** 0.5 * torch.eye(size)
@@ -160,7 +167,7 @@ def test_in_bf16_the_maps_are_bf16_in_memory(small_run, tmp_path):
     assert load(tmp_path, None, "bfloat16").linear_maps.weight.dtype == torch.bfloat16
 
 
-def test_with_the_identity_maps_and_what_they_measured_are_forgotten(small_run, tmp_path):
+def test_skipping_with_the_identity_drops_the_maps_and_their_measurements(small_run, tmp_path):
     model = load(small_run, None, None)
     measure_layers(model, random_pairs(), "linear")
     with_maps = model.hf_config.layer_kl
@@ -189,15 +196,21 @@ def test_rl_goes_on_with_the_maps_that_layer_dropout_was_trained_with(small_run,
         assert torch.equal(tensor, maps[name])
     warm(tmp_path / "plain", model=str(tmp_path / "warm"))
     assert not (tmp_path / "plain" / "linear_maps.pt").exists()  # of other weights
+    assert not is_measured(load(tmp_path / "plain", None, None), "identity")
 
 
 @pytest.mark.parametrize("stage", ["warmup", "rl"])
-def test_a_resumed_run_has_the_same_maps_to_the_bit(small_run, tmp_path, stage, monkeypatch):
-    flags = {**LINEAR, "layer_dropout": 0.9} if stage == "warmup" else LINEAR
+def test_a_resumed_run_has_the_same_maps_and_pool_to_the_bit(
+    small_run, tmp_path, stage, monkeypatch
+):
+    flags = {**LINEAR, "skip_layers": "cheap"}
+    if stage == "warmup":
+        flags["layer_dropout"] = 0.9
     train(stage, small_run, tmp_path / "one", **flags)
     stop_in_step(2, stage, small_run, tmp_path / "two", **flags)
-    # a fit on another machine rounds otherwise; those of the checkpoint count
+    # another machine rounds otherwise; maps and pool of the checkpoint count
     monkeypatch.setattr(model_file, "RIDGE", 0.5)
+    monkeypatch.setattr(warmup, "skip_pool", lambda *args: [2, 1])
     train(stage, small_run, tmp_path / "two", resume=True, **flags)
     assert state(tmp_path / "two") == state(tmp_path / "one")
     maps = [torch.load(tmp_path / name / "linear_maps.pt") for name in ("one", "two")]

@@ -169,10 +169,10 @@ def test_cheap_layers_are_twice_as_many_as_are_skipped_and_cost_least():
 def test_layers_are_measured_once_and_again_where_the_config_carries_no_number_for_each(carried):
     model = Decoder(CONFIGS["qwen2"]())
     model.hf_config.layer_kl = carried
-    measure_layers(model, [([1, 2], [3, 4])])
+    measure_layers(model, [([1, 2], [3, 4])], "identity")
     measured = model.hf_config.layer_kl
     assert measured[2] == nested_kl(model, [([1, 2], [3, 4])], skip_of([2])[None]).item() > 0
-    measure_layers(model, [([5], [6])])
+    measure_layers(model, [([5], [6])], "identity")
     assert model.hf_config.layer_kl == measured and len(measured) == 4
 
 

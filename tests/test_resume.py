@@ -56,6 +56,8 @@ def run(half, tmp_path):
     ("stage", "flags"),
     [
         ("warmup", {"layer_dropout": 0.9, "eval_every": 2}),
+        # a layer that no step before the stop has trained
+        ("warmup", {"layer_dropout": 1.0, "skip_layers": "3", "skip_ratio": 0.125}),
         ("rl", {}),
         ("rl", {"advantage": "group"}),
         ("rl", {"objective": "self-training"}),

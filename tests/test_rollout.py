@@ -295,13 +295,13 @@ def test_toy_tasks_skip_inner_layers_and_others_cheap_ones(toy_run):
 def test_what_a_layer_costs_is_measured_once_and_carried_with_the_checkpoint(toy_run, tmp_path):
     model = load(toy_run, None, None)
     pairs = run(model).pairs()
-    measure_layers(model, pairs)
+    measure_layers(model, pairs, "identity")
     costs = model.hf_config.layer_kl
     each_alone = torch.eye(8) > 0
     assert costs == nested_kl(model, pairs, each_alone).tolist()
     model.save_pretrained(tmp_path)
     again = load(tmp_path, None, None)
-    measure_layers(again, [([1], [2])])
+    measure_layers(again, [([1], [2])], "identity")
     assert again.hf_config.layer_kl == costs
 
 
@@ -456,6 +456,7 @@ def test_the_script_prints_completions_of_both_models_and_what_skipping_does(toy
     config = Config(
         model=str(toy_run),
         skip_ratio=0.25,
+        masks=2,
         test_limit=6,
         max_new_tokens=8,
         max_rows=4,
@@ -467,16 +468,20 @@ def test_the_script_prints_completions_of_both_models_and_what_skipping_does(toy
     model = load(toy_run, None, "float64")
     problems = load_problems("toy", "test", limit=6)
     prompts = encode_prompts(problems, model, config)
-    skip = sample_skip(8, 0.25, torch.Generator().manual_seed(0))
-    for name, mask in (("pi", torch.zeros_like(skip)), ("mu", skip)):
-        rollout = sample(model, prompts, skip=mask, **config.sampling(model))
-        kl = nested_kl(model, rollout.pairs(), mask[None]).item()
-        grades = grade(rollout, problems, model, config)
-        assert results[name] == (grades, pytest.approx(kl, abs=1e-12))
+    generator = torch.Generator().manual_seed(0)
+    masks = [sample_skip(8, 0.25, generator) for _ in range(2)]
+    for name, skips in (("pi", [torch.zeros_like(masks[0])] * 2), ("mu", masks)):
+        outcomes, kls = [], []
+        for seed, skip in enumerate(skips):
+            rollout = sample(model, prompts, skip=skip, seed=seed, **config.sampling(model))
+            kls.append(nested_kl(model, rollout.pairs(), skip[None]).item())
+            grades = grade(rollout, problems, model, config)
+            outcomes += grades.outcomes
+            assert f"{name}, without {skip.nonzero().flatten().tolist()}: KL" in out
+        assert results[name] == (grades, pytest.approx(sum(kls) / 2, abs=1e-12))
         assert f"\n{name}, {grades.outcomes[3]}: {grades.texts[3]!r}\n" in out
-        accuracy = grades.outcomes.count("right") / 6
+        accuracy = outcomes.count("right") / 12
         assert f"{name}: accuracy {accuracy:.3f}, " in out
-        assert f" tokens/s, KL({name}||pi) {kl:.4f} per token\n" in out
+        assert f" tokens/s, KL({name}||pi) {sum(kls) / 2:.4f} per token\n" in out
     assert results["pi"][0].texts != results["mu"][0].texts
     assert f"--- {problems[3].question} (gold: {problems[3].answer})\n" in out
-    assert out.count("left out by mu") == 2

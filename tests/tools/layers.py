@@ -12,7 +12,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from model import FITTED, MEASURED, load, measure_layers, nested_kl, sample_skip, skip_pool
+from model import MEASURED, is_measured, load, measure_layers, nested_kl, sample_skip, skip_pool
+from rl import own_completions
 from rollout import Grades, encode_prompts, fitting, flag, grade, load_split, run_script, sample
 from warmup import TrainConfig
 
@@ -28,23 +29,28 @@ class Config(TrainConfig):
 
 
 def main(config: Config) -> dict[str, tuple[Grades, float]]:
-    """Print what each layer costs, and what pi and mu write; returns grades and KL of both."""
+    """Print what each layer costs, and what pi and mu write.
+
+    Returns the grades under the last mask, and the mean KL, of both.
+    """
     model = load(config.model, config.device, config.dtype)
     problems = load_split(config, "test")
     prompts = encode_prompts(problems, model, config)
     fitting(prompts, model, config.max_new_tokens, is_training=False)
     sampling = config.sampling(model)
 
-    others = encode_prompts(load_split(config, "train"), model, config)
-    others = [others[i] for i in fitting(others, model, config.max_new_tokens, is_training=True)]
-    started = time.perf_counter()
-    own = sample(model, others[:FITTED], seed=config.seed, **sampling).pairs()
-    measure_layers(model, own, config.skip_with)  # unless the warm-up has done so
-    print(f"{len(own)} completions, drawn and measured in {time.perf_counter() - started:.0f} s")
+    train_prompts = encode_prompts(load_split(config, "train"), model, config)
+    kept = fitting(train_prompts, model, config.max_new_tokens, is_training=True)
+    if not is_measured(model, config.skip_with):
+        started = time.perf_counter()
+        pairs = own_completions(model, [train_prompts[i] for i in kept], config)
+        measure_layers(model, pairs, config.skip_with)
+        seconds = time.perf_counter() - started
+        print(f"{len(pairs)} completions drawn, layers measured: {seconds:.0f} s")
     print(f"KL(mu||pi) per token without one layer ({config.skip_with}):")
     layer_kl = model.hf_config.layer_kl
     for layer, kl in enumerate(layer_kl):
-        print(f"{layer:5} {kl:9.4f} {'#' * round(60 * kl / max(layer_kl))}")
+        print(f"{layer:5} {kl:9.4f} {'#' * round(60 * kl / max(*layer_kl, 1e-9))}")
 
     num_layers = len(model.layers)
     pool = skip_pool(model, round(config.skip_ratio * num_layers), config.skip_layers)
