@@ -14,11 +14,12 @@ import torch
 
 import evaluate
 import rl
+import verifier
 import warmup
 from reward import InputError
 from rollout import run_script
 
-SCRIPTS = {"warmup": warmup, "rl": rl, "evaluate": evaluate}
+SCRIPTS = {"warmup": warmup, "rl": rl, "evaluate": evaluate, "verifier": verifier}
 
 
 def run(monkeypatch, script, *argv):
@@ -31,7 +32,10 @@ def run(monkeypatch, script, *argv):
 
 def named(script, model):
     """The arguments that name a model."""
-    return [model] if script == "evaluate" else ["--model", model]
+    if script == "evaluate":
+        return [model]
+    data = ["--data", "labelled.jsonl"] if script == "verifier" else []
+    return ["--model", model, *data]
 
 
 def snapshot(folder):
@@ -190,7 +194,7 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["warmup", "rl", "evaluate"])
 def test_flags_that_are_not_given_are_those_of_the_run_that_made_the_model(
     script, toy_run, tmp_path
 ):
