@@ -436,7 +436,7 @@ class LinearMaps(nn.Module):
     """Linear stand-ins for skipped layers: x + W_i norm(x) + b_i in place of layer i.
 
     Fitted once by `fit_maps`, then constant while pi moves (`kl_behav` shows what that costs). A
-    map has d^2 weights, a layer 12 d^2 or more; it owns no cache. norm needs no scale: W has it.
+    map has d^2 weights, a layer 10 d^2 or more; it owns no cache. norm needs no scale: W has it.
     After ReplaceMe (arXiv 2505.02819): there one map replaces a block of layers for good. The
     log-probabilities of mu stay known, so every correction holds as it is.
     """

@@ -164,7 +164,10 @@ def value_loss(values, values_old, returns, mask, clip, tokens) -> Tensor:
 
 
 def learning_rate(config: "Config", step: int, update: int) -> float:
-    """Of an update, counted over the run: rises over LR_RAMP updates, falls to 0 with the steps."""
+    """The rate of an update: it rises over LR_RAMP updates, then falls linearly with the steps.
+
+    update: counted over the run. The last step has lr / steps.
+    """
     rise = min(1, update / LR_RAMP)
     fall = 1 - (step - 1) / config.steps
     return config.lr * rise * fall
@@ -177,7 +180,7 @@ class Batch(NamedTuple):
     base: Tensor  # log denominator of eq. (8)
     weight: Tensor  # w_t
     values_old: Tensor  # V_old(s_t)
-    advantages: Tensor  # A_t, whitened
+    advantages: Tensor  # A_t; whitened with --advantage gae
     returns: Tensor  # R_t
 
 
@@ -197,7 +200,7 @@ def ppo_update(run: Run, rollout: Rollout, batch: Batch, updates: Iterable) -> d
             loss = pg_loss + config.value_coef * v_loss  # eq. (11)
             loss.backward()
             loss_sum += loss.detach()
-            # A > 0 and r > 1 + eps, or A < 0 and r < 1 - eps: the min of eq. (9) is a constant.
+            # A > 0 and ratio > 1 + eps, or A < 0 and ratio < 1 - eps: eq. (9) has no gradient.
             is_clipped = ((ratio - 1) * mb.advantages.sign() > config.clip) & mb.mask  # (n, T-1)
             sums["policy_loss"] += pg_loss.item() * tokens
             sums["value_loss"] += v_loss.item() * tokens
@@ -221,7 +224,7 @@ def main(config: "Config") -> dict:
     annotated = annotated_examples(problems, reference, config)
     pool = nested_pool(reference, config, lambda: own_completions(reference, prompts, config))
     model, num_layers = copy.deepcopy(reference), len(reference.layers)
-    # Without a critic AdamW keeps no moments of it, as --resume expects.
+    # Without a critic its head gets no gradient, and AdamW holds no moments of it.
     model.value_head.requires_grad_(config.value_coef > 0)
     contents = fingerprint(problems, [prompts, annotated], reference)
     run = Run("rl", config, model, contents, config.steps, pool=pool)
@@ -234,7 +237,7 @@ def main(config: "Config") -> dict:
         questions = config.rollout_batch // config.samples
         chosen = batch_indices(config.seed, step, questions, len(problems))
         batch_problems = [problems[i] for i in chosen]
-        pool = run.state["pool"]
+        pool = run.state["pool"]  # on --resume that of the checkpoint: measures differ by rounding
         skip = sample_skip(num_layers, config.skip_ratio, generator, pool)  # eq. (2)
 
         # 2. completions from the nested behavior model mu
@@ -422,7 +425,7 @@ def minibatches(count, config, step, generator):
 
 
 def freeze(reference):
-    """No gradients; where passes run in bf16, bf16 layers: the same numbers in half the memory."""
+    """No gradients, sharded; with autocast bf16 layers: the same numbers in half the memory."""
     reference.requires_grad_(False)
     reference.linear_maps = None  # it never skips
     if reference.autocast:
@@ -448,7 +451,7 @@ def group_relative(reward: Tensor, samples: int) -> Tensor:
     A_t = (r_i - mean(r)) / std(r). Here that is the reward of the last token: with V = 0 and
     gamma = lam = 1, GAE copies it to every token (plus later KL penalties, times traces).
     """
-    groups = reward.double().view(-1, samples)  # (questions, samples); equal ones have their mean
+    groups = reward.double().view(-1, samples)  # (questions, samples); float64: equal rewards get 0
     centred = groups - groups.mean(1, keepdim=True)  # (questions, samples)
     scale = groups.std(1, keepdim=True, correction=0) + 1e-4  # (questions, 1)
     return (centred / scale).flatten()  # (N,)
@@ -505,9 +508,10 @@ def completion_stats(rollout, grades, reward, samples):
 
 
 def mismatch(logp_old, logp_behav, mask):
-    """How far mu is from pi_old, before any cap; unbiased estimates from the samples of mu.
+    """Estimates, from the samples of mu, of how far it is from pi_old; rho is not capped.
 
-    Effective sample size, as a share: (E rho)^2 / E rho^2 over tokens.
+    ess_tokens, the effective sample size (E rho)^2 / E rho^2, is that of single tokens: the weights
+    of `prefix` are products of rho and spread more.
     """
     log_rho = (logp_old - logp_behav)[mask].double()  # (tokens,)
     rho = log_rho.exp()  # (tokens,)
@@ -541,7 +545,7 @@ def warnings(numbers):
     if numbers["kl_behav"] > 0.05 or numbers["ess_tokens"] < 0.5:
         kl = f"KL(mu||pi) is {numbers['kl_behav']:.3f} per token"
         size = f"the effective sample size {numbers['ess_tokens']:.2f}"
-        advice = "skip fewer layers (--skip-ratio), or warm up with --layer-dropout"
+        advice = "skip fewer layers, take --skip-with linear, or warm up with --layer-dropout"
         yield "mu", f"{kl} and {size}: {advice}"
 
 

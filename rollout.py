@@ -368,7 +368,7 @@ def turn_end(model):
 
 
 def fitting(rows: list[list[int]], model: Decoder, new_tokens: int, is_training: bool) -> list[int]:
-    """Indices of the rows that fit the model's context, with room for `new_tokens`, and embedding.
+    """Indices of the rows that fit: `new_tokens` more in the context, every id in the embedding.
 
     Training leaves the others out and says how many; of test problems each has to fit (InputError).
     """
@@ -411,8 +411,8 @@ def grade(
     if config.engine == "python":
         programs = [text for text, ended in zip(texts, is_finished, strict=True) if ended]
         # The first process runs them, on all cores; so every process sees the same results.
-        results = execute(programs, config.unsafe_exec) if rank() == 0 else None
-        results = iter(all_gather(results)[0])
+        ran = execute(programs, config.unsafe_exec) if rank() == 0 else None
+        results = iter(all_gather(ran)[0])
     answers, outcomes = [], []
     for n, text in enumerate(texts):
         problem = problems[n // num_samples]

@@ -55,7 +55,7 @@ def verifier_step(run: Run, examples: list, lr: float) -> tuple[float, float]:
 def main(config: "Config") -> dict:
     """Train, evaluate on completions of held-out questions, save."""
     model = load(config.model, config.device, config.dtype)
-    model.linear_maps = None  # it never skips
+    model.linear_maps = model.hf_config.layer_kl = None  # it never skips
     if not model.config.tied_head:
         model.head.requires_grad_(False)  # nobody reads logits
     examples, held_out = labelled_examples(config, model)

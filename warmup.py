@@ -1,4 +1,4 @@
-"""Stage 1: supervised fine-tuning on chains of thought, eq. (1). Below: a run, for both stages.
+"""Stage 1: supervised fine-tuning on chains of thought, eq. (1). Below: `Run`, of all training.
 
     python warmup.py                                            a small decoder from scratch (toy)
     python warmup.py --model Qwen/Qwen2.5-0.5B --task gsm8k     a pretrained one on GSM8K
@@ -161,8 +161,8 @@ def main(config: "Config") -> dict:
     pool = nested_pool(model, config, lambda: examples[:FITTED])
     steps = config.steps or max(1, round(config.epochs * len(problems) / config.batch))
     contents = fingerprint(problems, examples, model if config.model else None)
-    adam = config.weight_decay, config.beta2
-    run = Run("warmup", config, model, contents, steps, *adam, pool=pool)
+    adam = {"weight_decay": config.weight_decay, "beta2": config.beta2}
+    run = Run("warmup", config, model, contents, steps, **adam, pool=pool)
 
     for step in run.steps():
         # 2. a batch, and for a share of the batches a skip mask
@@ -170,7 +170,7 @@ def main(config: "Config") -> dict:
         skip = None
         if rng.random() < config.layer_dropout:
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            pool = run.state["pool"]
+            pool = run.state["pool"]  # on --resume that of the checkpoint
             skip = sample_skip(num_layers, config.skip_ratio, generator, pool)  # eq. (2)
         chosen = batch_indices(config.seed, step, config.batch, len(examples))
         batch = [examples[i] for i in chosen]
@@ -203,7 +203,7 @@ def main(config: "Config") -> dict:
 
 @dataclass
 class TrainConfig(SharedConfig):
-    """Flags of both training stages."""
+    """Flags of every training script."""
 
     data: str | None = flag(
         None, "training problems: a file or hub id (default: the run's, or the usual ones)"
@@ -322,7 +322,7 @@ def toy_model(config: Config, problems: list[Problem]) -> Decoder:
             intermediate_size=192,
             vocab_size=len(tokenizer),
             max_position_embeddings=256,
-            rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # for 50 positions
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # no long waves
             initializer_range=0.12,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None,
@@ -392,11 +392,12 @@ def nested_pool(model: Decoder, config: TrainConfig, completions: Callable) -> l
     num_layers = len(model.layers)
     count = round(config.skip_ratio * num_layers)
     is_cheap = config.skip_layers == "cheap"
-    pool = None if is_cheap else skip_pool(model, count, config.skip_layers)
-    sample_skip(num_layers, config.skip_ratio, pool=pool)  # refused now, and not in the loop
-    if config.skip_ratio == 0 or not is_measured(model, config.skip_with):
-        if model.linear_maps is not None:  # of other weights soon, or not asked for
-            model.linear_maps = model.hf_config.layer_kl = None
+    allowed = None if is_cheap else skip_pool(model, count, config.skip_layers)
+    sample_skip(num_layers, config.skip_ratio, pool=allowed)  # refused now, and not in the loop
+    is_kept = config.skip_ratio > 0 and is_measured(model, config.skip_with)
+    if not is_kept:
+        # of other weights soon, or of the other kind of skipping
+        model.linear_maps = model.hf_config.layer_kl = None
         if config.skip_ratio > 0 and (is_cheap or config.skip_with == "linear"):
             measure_layers(model, completions(), config.skip_with)
     pool = skip_pool(model, count, config.skip_layers)
@@ -423,7 +424,8 @@ def batch_indices(seed: int, step: int, batch: int, count: int) -> list[int]:
 def micro_batches(lengths: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
     """Rows of like length, `size` at a time, and the columns they need.
 
-    Process r takes every n-th row. All make as many passes, some of none, or the others would wait.
+    Process r takes every n-th row. All make the same number of passes, some with no rows: FSDP
+    gathers weights in every pass, and waits for every process.
     """
     for rows in lengths.argsort(stable=True).split(size * world_size()):
         yield rows[rank() :: world_size()], int(lengths[rows[-1]])

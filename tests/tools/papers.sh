@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every row of ReFT's tables and the runs of Nested-ReFT, for 8 GPUs of 80 GB; written, not run.
+# The rows of ReFT's tables and the runs of Nested-ReFT, for 8 GPUs of 80 GB; written, not run.
 # Settings: warmup.py and rl.py, PRETRAINED, where their sources stand. Data: the files of
 # github.com/lqtrung1998/mwp_ReFT, folder data/ (commit a7fe19a), which --data reads as they are.
 #

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study of the README: two runs at a time, one thread each.
+# The toy study of tests/README.md: two runs at a time, one thread each.
 # Killed at any moment, the same command goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -19,10 +19,10 @@ rl() {
     --micro-batch 32 --steps 60 --lr 3e-6 --dtype bfloat16 --resume "$@"
 }
 
-dropout="--layer-dropout 0.5 --skip-ratio 0.134"
+dropout="--layer-dropout 0.5"
 warmup --out $runs/plain
-warmup $dropout --skip-with identity --out $runs/dropout-identity
-warmup $dropout --skip-with linear --out $runs/dropout-linear
+warmup $dropout --skip-ratio 0.134 --skip-with identity --out $runs/dropout-identity
+warmup $dropout --skip-ratio 0.267 --skip-with linear --out $runs/dropout-linear
 for ratio in 0.067 0.134 0.267; do # 2, 4 and 8 of 30 layers
   for kind in identity linear; do
     layers --model $runs/plain --skip-ratio $ratio --skip-with $kind
