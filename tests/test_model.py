@@ -160,6 +160,8 @@ def test_cheap_layers_are_twice_as_many_as_are_skipped_and_cost_least():
     model.hf_config.layer_kl = [0.0, 0.3, 0.1, 8.0, 0.2, 0.4, 9.0, 0.0]
     assert skip_pool(model, 1, "cheap") == [2, 4] and skip_pool(model, 2, "cheap") == [2, 4, 1, 5]
     assert skip_pool(model, 2, "5,3") == [5, 3]
+    masks = [sample_skip(8, 0.125, pool=[2, 4]) for _ in range(60)]
+    assert {mask.nonzero().item() for mask in masks} == {2, 4}
     for wrong in ("0,2", "1,1", "1,7"):
         with pytest.raises(InputError, match="different numbers from 1 to 6"):
             skip_pool(model, 1, wrong)

@@ -8,7 +8,7 @@ from families import CONFIGS, random_hf_model
 from layers import Config, main
 from tokenizers import processors
 
-from model import Decoder, load, measure_layers, nested_kl, sample_skip, skip_pool
+from model import Decoder, load, nested_kl, sample_skip
 from reward import InputError, Problem, load_problems
 from rollout import (
     SYSTEM_PROMPTS,
@@ -273,36 +273,9 @@ def test_an_empty_prompt_is_refused(decoder):
 # ---- the layers that mu leaves out ---------------------------------------------------------------
 
 
-def test_cheap_layers_are_twice_as_many_as_are_skipped_and_those_that_cost_least(toy_run):
-    model = load(toy_run, None, None)
-    model.hf_config.layer_kl = [0.0, 0.3, 0.1, 8.0, 0.2, 0.4, 9.0, 0.0]  # ends always stay
-    assert skip_pool(model, 1, "cheap") == [2, 4]
-    assert skip_pool(model, 2, "cheap") == [2, 4, 1, 5]
-    assert skip_pool(model, 2, "inner") == [1, 2, 3, 4, 5, 6]
-    assert skip_pool(model, 2, "5,3") == [5, 3]
-    masks = [sample_skip(8, 0.125, pool=[2, 4]) for _ in range(60)]
-    assert {mask.nonzero().item() for mask in masks} == {2, 4}
-    for layers in ("0,2", "1,1", "1,7"):
-        with pytest.raises(InputError, match="different numbers from 1 to 6"):
-            skip_pool(model, 1, layers)
-
-
 def test_toy_tasks_skip_inner_layers_and_others_cheap_ones(toy_run):
     for task, pool in (("toy-long", "inner"), ("svamp", "cheap")):
         assert Config(model=str(toy_run), task=task).skip_layers == pool
-
-
-def test_what_a_layer_costs_is_measured_once_and_carried_with_the_checkpoint(toy_run, tmp_path):
-    model = load(toy_run, None, None)
-    pairs = run(model).pairs()
-    measure_layers(model, pairs, "identity")
-    costs = model.hf_config.layer_kl
-    each_alone = torch.eye(8) > 0
-    assert costs == nested_kl(model, pairs, each_alone).tolist()
-    model.save_pretrained(tmp_path)
-    again = load(tmp_path, None, None)
-    measure_layers(again, [([1], [2])], "identity")
-    assert again.hf_config.layer_kl == costs
 
 
 # ---- prompts -------------------------------------------------------------------------------------
