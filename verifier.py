@@ -56,8 +56,6 @@ def main(config: "Config") -> dict:
     """Train, evaluate on completions of held-out questions, save."""
     model = load(config.model, config.device, config.dtype)
     model.linear_maps = model.hf_config.layer_kl = None  # it never skips
-    if not model.config.tied_head:
-        model.head.requires_grad_(False)  # nobody reads logits
     examples, held_out = labelled_examples(config, model)
     check_batch("--batch", config.batch, examples)
     steps = config.steps or max(1, round(config.epochs * len(examples) / config.batch))
