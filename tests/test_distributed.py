@@ -106,6 +106,18 @@ def test_four_processes_give_the_numbers_and_files_of_one(small_run, alone, tmp_
     assert min(record["grad_norm"], record["clip_fraction"]) > 0
 
 
+def test_all_processes_skip_the_layers_that_the_first_one_has_measured(small_run, monkeypatch):
+    # another rounding on another machine
+    monkeypatch.setattr(warmup, "skip_pool", lambda *args: [1 + rank() % 2])
+
+    def agree():
+        model = load(small_run, None, None)
+        config = rl.Config(model=str(small_run), skip_ratio=0.25)
+        assert warmup.nested_pool(model, config, list) == [1]
+
+    assert launch(2, agree) == [0, 0]
+
+
 @pytest.mark.parametrize("flags", [{"advantage": "group"}, {"objective": "self-training"}], ids=str)
 def test_without_a_critic_two_processes_give_what_one_gives(small_run, tmp_path, flags):
     short_rl(small_run, tmp_path / "one", **flags)
