@@ -1,8 +1,8 @@
 """Greedy accuracy, maj@k, pass@k, rerank@k of any run on any task; self-training data; figures.
 
     python evaluate.py runs/warmup runs/rl --samples 8
-    python evaluate.py runs/rl --samples 100 --rerank runs/verifier
-    python evaluate.py runs/warmup --samples 100 --keep-correct right.jsonl
+    python evaluate.py runs/warmup --samples 8 --rerank runs/verifier
+    python evaluate.py runs/warmup --samples 8 --limit 1000 --keep-correct right.jsonl
 
 Samples are drawn at temperature 1. maj@k votes on the canonical answers of disjoint blocks of k
 samples; completions without an answer do not vote, and the first of equals wins. rerank@k takes
@@ -161,6 +161,8 @@ def completion_lines(problems, grades, temperature):
         }
 
 
+# ---- reranking by a verifier ---------------------------------------------------------------------
+
 READ_TOKENS = 700  # of prompt and completion that a verifier reads (ReFT's script)
 
 
@@ -253,14 +255,14 @@ def main(config: Config) -> list[dict]:
         raise InputError("two of the runs would write to the same folder; take them by turns")
     folders = [make_folder(folder) for folder in folders]
     verifier = load(config.rerank, config.device, config.dtype) if config.rerank else None
+    if verifier and not verifier.value_head.weight.any():
+        raise InputError(f"--rerank {config.rerank}: no run of verifier.py, its V is 0")
     rows = []
     for run, run_config, folder in zip(config.runs, configs, folders, strict=True):
         problems = load_split(run_config, "test")
         model = load(run, config.device, config.dtype)
         if verifier and verifier.tokenizer.get_vocab() != model.tokenizer.get_vocab():
             raise InputError(f"--rerank {config.rerank}: its tokens are not those of {run}")
-        if verifier and not verifier.value_head.weight.any():
-            raise InputError(f"--rerank {config.rerank}: no run of verifier.py, its V is 0")
         result = evaluate(
             model, problems, run_config, config.samples, config.seed, folder, verifier
         )
@@ -282,7 +284,7 @@ def keep_correct(model: Decoder, config: Config) -> dict[str, int]:
 
     Of each problem at most --kept-samples different ones, drawn at random, and only what warm-up
     learns as it stands (a box, ReFT's last line, or a program); and the annotated one, if it is not
-    among them. Rows have ReFT's fields.
+    among them. Rows have ReFT's fields. With --labels: every different completion, and its label.
     """
     file = Path(config.keep_correct)
     if config.data and Path(config.data).resolve() == file.resolve():

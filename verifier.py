@@ -1,13 +1,14 @@
 """ReFT's reward model: it tells right completions from wrong ones, and reranks samples by that.
 
-    python evaluate.py runs/warmup --samples 100 --keep-correct labelled.jsonl --labels
-    python verifier.py --model runs/warmup --data labelled.jsonl
-    python evaluate.py runs/rl --samples 100 --rerank runs/verifier
+    python evaluate.py runs/warmup --samples 8 --limit 1000 --keep-correct labelled.jsonl --labels
+    python verifier.py --data labelled.jsonl
+    python evaluate.py runs/warmup --samples 8 --rerank runs/verifier
 
-The whole model is trained, with its value head as the classifier of the last token (ReFT, section
-4.3). It starts from a warm-up model, as in the paper; the authors' code starts from the model whose
-samples are reranked (SFT or ReFT). Departures: one logit that starts at 0 (their code: two, at
-random), and the last checkpoint counts, not the best one on the test set.
+ReFT samples 100 completions of every training problem, and reranks 100 of a test problem. The whole
+model is trained, with its value head as the classifier of the last token (section 4.3). It starts
+from a warm-up model, as in the paper; the authors' code starts from the model whose samples are
+reranked (SFT or ReFT). Departures: one logit that starts at 0 (their code: two, at random), and the
+last checkpoint counts, not the best one on the test set.
 """
 
 import shlex
@@ -73,8 +74,8 @@ def main(config: "Config") -> dict:
         run.record(numbers)
         if run.is_save_due(step):
             run.save()
-    next_command = f"python evaluate.py RUN --samples 100 --rerank {shlex.quote(config.out)}"
-    return run.finish(("loss", "accuracy"), next_command)
+    words = ["python", "evaluate.py", config.model, "--samples", "8", "--rerank", config.out]
+    return run.finish(("loss", "accuracy"), shlex.join(words))
 
 
 class VerifierRun(Run):
