@@ -6,9 +6,9 @@
 
 A skipped layer (.) is the identity: its input is the input of the next layer. It does no work and
 owns no part of the KV cache. (Ours, for pretrained models: a linear map takes its place, see
-`LinearMaps`.) The mask is an argument of every pass, the same while a prompt is read
-(prefill) and while tokens are drawn (decode), so that log mu of a finished completion equals one
-masked pass over it.
+`LinearMaps`.) The mask is an argument of every pass, the same while a prompt is read (prefill) and
+while tokens are drawn (decode), so that log mu of a finished completion equals one masked pass over
+it.
 
     hidden = decoder(tokens, skip)      (N, T) -> (N, T, d)    right-padded; column = position
     logits = decoder.logits(hidden)     (..., d) -> (..., vocab)

@@ -34,14 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model import (
-    FITTED,
-    Decoder,
-    all_reduce,
-    load,
-    sample_skip,
-    shard,
-)
+from model import FITTED, Decoder, all_reduce, load, sample_skip, shard
 from reward import TOY_STEPS, InputError, reward_of
 from rollout import (
     OUTCOMES,
