@@ -111,9 +111,8 @@ def test_all_processes_skip_the_layers_that_the_first_one_has_measured(small_run
     monkeypatch.setattr(warmup, "skip_pool", lambda *args: [1 + rank() % 2])
 
     def agree():
-        model = load(small_run, None, None)
         config = rl.Config(model=str(small_run), skip_ratio=0.25)
-        assert warmup.nested_pool(model, config, list) == [1]
+        assert warmup.nested_pool(load(small_run, None, None), config, list) == [1]
 
     assert launch(2, agree) == [0, 0]
 

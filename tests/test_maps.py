@@ -1,6 +1,5 @@
 """Linear maps in place of skipped layers: least squares by other hands, and every path of them."""
 
-import json
 from functools import partial
 
 import pytest
@@ -15,7 +14,16 @@ from transformers import AutoModelForCausalLM, OPTConfig
 import model as model_file
 import warmup
 from evaluate import read_metrics
-from model import Decoder, fit_maps, is_measured, load, measure_layers, nested_kl, sample_skip
+from model import (
+    Decoder,
+    fit_maps,
+    is_measured,
+    load,
+    measure_layers,
+    nested_kl,
+    read_json,
+    sample_skip,
+)
 from reward import InputError
 from rl import Config, batch_stats
 from rollout import sample
@@ -24,12 +32,12 @@ EACH_ALONE = torch.eye(4) > 0
 LINEAR = {"skip_with": "linear", "skip_ratio": 0.25, "skip_layers": "inner"}
 
 
-def random_pairs(count=60, vocab=50):
+def random_pairs(count=60):
     """(prompt, completion) pairs of random token ids, of several lengths."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(n):
-        return torch.randint(vocab, (n,), generator=generator).tolist()
+        return torch.randint(50, (n,), generator=generator).tolist()
 
     return [(ids(3 + n % 3), ids(9 + n % 4)) for n in range(count)]
 
@@ -191,7 +199,7 @@ def test_rl_goes_on_with_the_maps_that_layer_dropout_was_trained_with(small_run,
     warm(tmp_path / "warm", model=str(small_run), layer_dropout=0.9, **LINEAR)
     maps = torch.load(tmp_path / "warm" / "linear_maps.pt")
     reinforce(tmp_path / "warm", tmp_path / "rl", skip_ratio=0.25)
-    assert json.loads((tmp_path / "rl" / "run.json").read_text())["skip_with"] == "linear"
+    assert read_json(tmp_path / "rl" / "run.json")["skip_with"] == "linear"
     for name, tensor in torch.load(tmp_path / "rl" / "linear_maps.pt").items():
         assert torch.equal(tensor, maps[name])
     warm(tmp_path / "plain", model=str(tmp_path / "warm"))

@@ -120,9 +120,7 @@ def test_labels_writes_every_different_completion_and_the_verifier_reads_them(to
     pairs = {(row["question"], row["answer_cot"]) for row in rows}
     assert len(pairs) == len(rows) > 4
     assert {row["label"] for row in rows} == {0}  # barely trained, and not one annotated
-    texts = ["a", "b", "a"]
-    outcomes = dict(zip(texts, ["wrong", "right", "wrong"], strict=True))
-    assert evaluate.kept_texts(None, outcomes, config) == ["a", "b"]
+    assert evaluate.kept_texts(None, {"a": "wrong", "b": "right"}, config) == ["a", "b"]
 
 
 def test_the_last_tenth_of_the_questions_is_held_out_and_rows_are_cut(small_run, labelled):
@@ -175,8 +173,8 @@ def test_a_step_is_that_of_the_binary_cross_entropy_whatever_the_micro_batch(jud
     assert "layers.1.mlp.up.weight" in gradients  # the whole model learns
     for size in (1, 2, 16):
         judge.zero_grad()
-        run = SimpleNamespace(model=judge, device="cpu", update=lambda lr, loss: lr)
-        run.config = SimpleNamespace(micro_batch=size)
+        config = SimpleNamespace(micro_batch=size)
+        run = SimpleNamespace(model=judge, device="cpu", config=config, update=lambda *args: 0)
         loss, _ = verifier.verifier_step(run, examples, 0.1)
         assert loss == pytest.approx(expected.item(), abs=1e-12)
         for name, parameter in judge.named_parameters():
@@ -217,5 +215,5 @@ def test_two_processes_train_what_one_does(small_run, labelled, tmp_path):
     train(small_run, labelled, tmp_path / "one", **flags)
     assert launch(2, lambda: train(small_run, labelled, tmp_path / "two", **flags)) == [0, 0]
     assert_equal(tmp_path / "two", tmp_path / "one")
-    results = [(tmp_path / name / "evaluation.json").read_text() for name in ("one", "two")]
-    assert results[0] == results[1]
+    one, two = ((tmp_path / name / "evaluation.json").read_text() for name in ("one", "two"))
+    assert one == two

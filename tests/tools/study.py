@@ -19,21 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from evaluate import make_folder, print_table, read_metrics
 from model import read_json, write_json
 from reward import InputError
+from warmup import FREE_ON_RESUME
 
-# Flags that change nothing beyond rounding, or only where files lie; and the seed.
-NO_SETTINGS = {
-    "seed",
-    "out",
-    "model",
-    "resume",
-    "device",
-    "save_every",
-    "eval_every",
-    "micro_batch",
-    "max_rows",
-    "gradient_checkpointing",
-    "unsafe_exec",
-}
+# Flags that make no other setting of the study: where files lie, what is mere rounding; the seed.
+NO_SETTINGS = {"seed", *FREE_ON_RESUME} - {"data", "test_data", "steps", "epochs"}
 
 
 def main(runs: list[str], out: str):
