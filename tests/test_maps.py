@@ -233,6 +233,7 @@ def test_so_many_processes_fit_and_sample_what_one_does(small_run, tmp_path, cou
     assert read_metrics(tmp_path / "one")[0]["kl_behav"] > 0
 
 
+@pytest.mark.parametrize("model", ["qwen2"], indirect=True)
 def test_ratios_correct_for_a_mu_with_maps(mapped):
     skip = sample_skip(4, 0.25, pool=[1, 2])
     prompts = [prompt for prompt, _ in random_pairs(12)]

@@ -430,6 +430,7 @@ def test_the_script_prints_completions_of_both_models_and_what_skipping_does(toy
         model=str(toy_run),
         skip_ratio=0.25,
         masks=2,
+        limit=200,
         test_limit=6,
         max_new_tokens=8,
         max_rows=4,

@@ -22,18 +22,22 @@ from rollout import Grades
 TINY = {"test_limit": 4, "steps": 4, "batch": 4, "lr": 1e-2}
 
 
-def rows_of(count):
-    """Labelled completions: three of each question, the first one right."""
-    for n in range(count):
-        row = {"question": f"Ann has {n // 3} pens. How many?", "answer_value": "1"}
-        yield {**row, "answer_cot": f"{n}+{n}={2 * n}", "label": int(n % 3 == 0)}
+def labelled_rows():
+    """30 labelled completions: three of each question, the first one right."""
+    for n in range(30):
+        yield {
+            "question": f"Ann has {n // 3} pens. How many?",
+            "answer_cot": f"{n}+{n}={2 * n}",
+            "answer_value": "1",
+            "label": int(n % 3 == 0),
+        }
 
 
 @pytest.fixture
 def labelled(tmp_path):
     """A file of 30 such rows."""
     file = tmp_path / "labelled.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows_of(30)))
+    file.write_text("".join(json.dumps(row) + "\n" for row in labelled_rows()))
     return file
 
 

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from evaluate import make_folder, print_table
-from model import Decoder, LinearMaps, sample_skip, skip_pool, write_json
+from model import Decoder, LinearMaps, sample_skip, write_json
 from reward import TASKS, judge
 from rollout import Rollout, flag, run_script, sample
 from sandbox import run_programs
@@ -230,8 +230,7 @@ def skip_speeds(model: Decoder, work: dict, config: Config) -> list[dict]:
     def side(seed: int, ratio: float, linear_maps: LinearMaps | None) -> int:
         skip = torch.ones(num_layers, dtype=torch.bool)
         if ratio < 1:
-            pool = skip_pool(model, 0, "inner")
-            skip = sample_skip(num_layers, ratio, torch.Generator().manual_seed(seed), pool)
+            skip = sample_skip(num_layers, ratio, torch.Generator().manual_seed(seed))
         model.linear_maps = linear_maps
         return count_sampled(sample(model, **work, skip=skip, seed=seed))
 
