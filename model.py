@@ -228,10 +228,6 @@ class Decoder(nn.Module):
             encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
         return encoded.input_ids
 
-    def encode_chats(self, chats, prompt=True, thinking=False):
-        """Token ids of chats, (role, text) a turn; see `encode_chats` below."""
-        return encode_chats(self.tokenizer, chats, prompt, thinking)
-
     @classmethod
     def from_pretrained(cls, source, dtype=torch.float32, device="cpu") -> "Decoder":
         """The weights of a Hugging Face folder or hub id; see `read_checkpoint`."""
@@ -817,18 +813,18 @@ def find_eos_ids(source, decoder):
     return list(dict.fromkeys(ids))
 
 
-def encode_chats(tokenizer, chats, prompt, thinking):
+def encode_chats(tokenizer, chats, prompt=True):
     """Token ids of chats, (role, text) a turn, in the words of the chat template.
 
-    prompt: an answer is to follow. thinking: for templates that have this switch. A control token
-    in a text stays text. InputError for a template that fails, or that leaves out a text.
+    prompt: an answer is to follow. A control token in a text stays text. InputError for a template
+    that fails, or that leaves out a text.
     """
     with named_in_errors("the chat template (--prompt-style reft goes without)"):
         template = CLOCK + tokenizer.get_chat_template()
         options = {
             "chat_template": template,
             "add_generation_prompt": prompt,
-            "enable_thinking": thinking,  # a template without this switch does not look at it
+            "enable_thinking": False,  # where a template has this switch
         }
         for content_of in (str, in_parts):
             turns = [

@@ -37,6 +37,7 @@ from model import (
     all_gather,
     all_reduce,
     check_checkpoint,
+    encode_chats,
     process_group,
     rank,
     read_json,
@@ -340,10 +341,10 @@ def encode_prompts(
     system = SYSTEM_PROMPTS[config.engine]
     try:
         chats = [[("system", system), ("user", problem.question)] for problem in problems]
-        return model.encode_chats(chats, thinking=config.thinking)
+        return encode_chats(model.tokenizer, chats)
     except InputError:  # a template without that role
         chats = [[("user", f"{system}\n\n{problem.question}")] for problem in problems]
-        return model.encode_chats(chats, thinking=config.thinking)
+        return encode_chats(model.tokenizer, chats)
 
 
 def is_chat(model, config):
@@ -363,7 +364,7 @@ def turn_end(model):
         return None
     # Templates do not tell how an answer ends: render one and look for its last EOS.
     turns = [("user", "1 + 1?"), ("assistant", "2")]
-    ids = model.encode_chats([turns], prompt=False)[0]
+    ids = encode_chats(model.tokenizer, [turns], prompt=False)[0]
     return next((token for token in reversed(ids) if token in model.eos_ids), None)
 
 
@@ -447,16 +448,13 @@ class Help(str):
     """A line of --help; `low` and `high` are the range of its number."""
 
 
-def flag(default, text: str, low: float = -inf, high: float = inf, **options):
-    """A field of a Config: its default, its line in --help, and the range of its number.
-
-    options: of `add_argument`.
-    """
+def flag(default, text: str, low: float = -inf, high: float = inf):
+    """A field of a Config: its default, its line in --help, and the range of its number."""
     if default is not None and not isinstance(default, bool):
         text = f"{text} (default: {default})"
     text = Help(text)
     text.low, text.high = low, high
-    return field(default=default, metadata={"help": text, **options})
+    return field(default=default, metadata={"help": text})
 
 
 MAX_SEED = 2**63 - 1
@@ -478,12 +476,6 @@ class SharedConfig:
     )
     prompt_style: Literal["auto", "reft", "chat"] | None = flag(
         None, "default: the run's, or auto: a chat for chat models"
-    )
-    thinking: bool | None = flag(
-        None,
-        "let a chat template that knows such a switch open a thought (default: the run's, off)",
-        nargs="?",
-        const=True,  # --thinking alone; --thinking false where the run has it on
     )
     unsafe_exec: bool = flag(
         False, "run model-written programs even where the system cannot hold them back"
@@ -520,14 +512,14 @@ class SharedConfig:
             check_checkpoint(source)
             file = Path(source, "run.json")
             trained = read_json(file) if file.exists() else {}
-        names = ["engine", "prompt_style", "thinking"]
+        names = ["engine", "prompt_style"]
         if self.task in (None, trained.get("task")):  # another task has other problems and lengths
             names += ["task", "data", "test_data", "max_new_tokens", "skip_with"]
         self.fill_in({name: trained.get(name) for name in names})
         if self.task is None and source is not None:
             tasks = ", ".join(TASKS)
             raise InputError(f"{source} does not say its task: name a --task, one of {tasks}")
-        self.fill_in({"task": "toy", "engine": "nl", "prompt_style": "auto", "thinking": False})
+        self.fill_in({"task": "toy", "engine": "nl", "prompt_style": "auto"})
         lengths = {"toy": 64, "toy-long": 128}
         self.fill_in({"max_new_tokens": lengths.get(self.task, 400)})
         if self.engine == "python":

@@ -187,7 +187,6 @@ TRAINED = {
     "task": "svamp",
     "engine": "nl",
     "prompt_style": "reft",
-    "thinking": True,
     "data": "a.jsonl",
     "test_data": "b.jsonl",
     "max_new_tokens": 7,
@@ -209,24 +208,10 @@ def test_flags_that_are_not_given_are_those_of_the_run_that_made_the_model(
         return vars(config)
 
     assert config().items() >= TRAINED.items()
-    given = {"task": "svamp", "prompt_style": "chat", "thinking": False, "test_data": "c.jsonl"}
+    given = {"task": "svamp", "prompt_style": "chat", "test_data": "c.jsonl"}
     assert config(**given).items() >= {**TRAINED, **given}.items()
     other = {"task": "gsm8k", "test_data": None, "max_new_tokens": 400}  # other problems, lengths
     assert config(task="gsm8k").items() >= {**other, "prompt_style": "reft"}.items()
-
-
-@pytest.mark.parametrize(
-    ("argv", "is_on"), [([], False), (["--thinking"], True), (["--thinking", "false"], False)]
-)
-def test_thinking_is_off_unless_asked_for_and_a_run_writes_it_down(
-    argv, is_on, monkeypatch, toy_run, tmp_path
-):
-    few = ["--limit", "4", "--batch", "4", "--test-limit", "2", "--max-new-tokens", "2"]
-    base = ["--model", str(toy_run), "--out", str(tmp_path), "--steps", "1"]
-    monkeypatch.setattr(sys, "argv", ["warmup.py", *base, *few, *argv])
-    run_script(warmup.main, warmup.Config)
-    assert json.loads((tmp_path / "run.json").read_text())["thinking"] == is_on
-    assert rl.Config(model=str(tmp_path), out="out").thinking == is_on
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -301,28 +301,6 @@ def test_a_template_without_a_system_role_has_that_text_in_front_of_the_question
     assert prompt_of(toy_run, NO_SYSTEM) == f"{system}\n\n1 + 1?<eos>"
 
 
-@pytest.mark.parametrize("template", [TURNS, NO_SYSTEM])
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {},
-        {"thinking": False},
-        {"thinking": True},
-    ],
-    ids=str,
-)
-def test_a_template_thinks_only_where_thinking_asks_for_it(template, flags, toy_run, monkeypatch):
-    asked, real = [], Decoder.encode_chats
-
-    def spy(self, chats, prompt=True, thinking=False):
-        asked.append(thinking and prompt)
-        return real(self, chats, prompt)
-
-    monkeypatch.setattr(Decoder, "encode_chats", spy)
-    prompt_of(toy_run, template, **flags)
-    assert asked[-1] == flags.get("thinking", False)
-
-
 def test_a_template_that_writes_the_date_writes_the_same_one_tomorrow(toy_run):
     clock = "{{ strftime_now('%H:%M:%S.%f') }} "
     macro = "{% macro day() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ day() }} "

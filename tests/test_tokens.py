@@ -7,7 +7,7 @@ import pytest
 from families import CONFIGS
 from tokenizers import Tokenizer
 
-from model import Decoder, load
+from model import Decoder, encode_chats, load
 from reward import InputError
 
 TEXT = "Ann has 12 shells .\n\n1 shell isn't  345 ; How many now?"
@@ -43,7 +43,7 @@ def test_ids_are_those_of_the_file_whatever_the_configs_say(family, name, toy_ru
     model = load(tmp_path, None, None)
     file = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     rendered = file.encode(f"<user>{TEXT}<eos>").ids
-    assert model.encode_chats([[("user", TEXT)]]) == [rendered]
+    assert encode_chats(model.tokenizer, [[("user", TEXT)]]) == [rendered]
     file.encode_special_tokens = True
     ids = file.encode(TEXT + "<eos>").ids
     assert model.encode([TEXT + "<eos>"]) == [ids]
@@ -102,11 +102,11 @@ def test_eos_ids_that_are_no_ids_of_the_embedding_are_refused(ids, run):
 # ---- chats ---------------------------------------------------------------------------------------
 
 
-def chat_of(run, template, **options):
+def chat_of(run, template):
     """The prompt of CHAT under a template, as text; the ids."""
     (run / "chat_template.jinja").write_text(template)
     model = load(run, None, None)
-    (ids,) = model.encode_chats([CHAT], **options)
+    (ids,) = encode_chats(model.tokenizer, [CHAT])
     return model.tokenizer.decode(ids), ids
 
 
@@ -119,10 +119,9 @@ def test_a_chat_holds_its_texts_in_which_a_control_token_stays_text(template, ru
 
 def test_a_template_may_strip_its_texts_and_stand_in_chat_template_json(run):
     edit(run / "chat_template.json", chat_template=TURN.replace("'] }}<eos>", "'] | trim }}<eos>"))
-    (ids,) = load(run, None, None).encode_chats([CHAT])
-    assert load(run, None, None).tokenizer.decode(ids) == (
-        "<system>Be brief.<eos><user>1 + 1 <eos>?<eos>"
-    )
+    tokenizer = load(run, None, None).tokenizer
+    (ids,) = encode_chats(tokenizer, [CHAT])
+    assert tokenizer.decode(ids) == ("<system>Be brief.<eos><user>1 + 1 <eos>?<eos>")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +138,6 @@ def test_a_template_that_fails_or_leaves_out_a_text_is_refused(template, run):
         chat_of(run, template)
 
 
-def test_thinking_is_off_unless_asked_for(run):
-    switch = TURN + "{% if enable_thinking %}<think>{% endif %}"
+def test_a_template_with_a_switch_for_thoughts_opens_none(run):
+    switch = TURN + "{% if enable_thinking is not false %}<think>{% endif %}"
     assert "<think>" not in chat_of(run, switch)[0]
-    assert chat_of(run, switch, thinking=True)[0].endswith("<eos><think>")
