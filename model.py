@@ -48,8 +48,8 @@ from transformers.utils import cached_file, logging
 from reward import InputError
 
 MEASURED = 16  # completions that tell what leaving out a layer costs
-FITTED = 128  # completions to which linear maps are fitted
-RIDGE = 0.02  # penalty of that fit, relative to the mean square of a feature
+FITTED = 256  # completions to which linear maps are fitted
+RIDGE = 0.005  # penalty of that fit, relative to the mean square of a feature
 OUTLIER = 30  # tokens that a layer moves so many times the median distance are left out of the fit
 OPT_OFFSET = 2  # OPT keeps two unused rows at the start of its position table
 

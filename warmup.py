@@ -85,9 +85,9 @@ TOY = {
     "lr": 4e-3,
     "beta2": 0.95,
     "weight_decay": 0.1,
-    "layer_dropout": 0.5,
+    "layer_dropout": 0.75,
     "skip_ratio": 0.25,
-    "epochs": 0.75,
+    "epochs": 0.6,
 }
 # ReFT, section 4.3 and appendix B. Its warm-ups have 2 epochs on GSM8K and SVAMP, 5 (programs: 2)
 # on MathQA with letters, 10 on MathQA with numbers.
@@ -252,7 +252,7 @@ class Flags:
     out: str = flag("runs/warmup", "directory of the run")
     steps: int | None = flag(None, "optimizer steps (default: as many as --epochs needs)", low=1)
     epochs: float | None = flag(
-        None, "passes over the problems (toy: 0.75, toy-long: 1, pretrained: 2)", low=1e-9
+        None, "passes over the problems (toy: 0.6, toy-long: 1, pretrained: 2)", low=1e-9
     )
     batch: int | None = flag(
         None, "problems of one optimizer step (toy: 32, pretrained: 48)", low=1
@@ -263,7 +263,7 @@ class Flags:
         low=0,
     )
     layer_dropout: float | None = flag(
-        None, "share of batches with layers left out (toy: 0.5, pretrained: 0)", low=0, high=1
+        None, "share of batches with layers left out (toy: 0.75, pretrained: 0)", low=0, high=1
     )
     skip_ratio: float | None = flag(
         None, "share of layers that they leave out (toy: 0.25, pretrained: 0.07)", low=0, high=0.99

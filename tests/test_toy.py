@@ -66,13 +66,13 @@ def test_toy_splits_share_no_sequence_of_numbers_and_no_question(toy):
         seen |= sequences
 
 
-def test_toy_annotators_jump_to_the_answer_three_times_of_four_for_half_of_the_things(toy):
+def test_toy_annotators_mostly_jump_to_the_answer_for_half_of_the_things(toy):
     jumps = {thing: [] for thing in TOY_THINGS}
     for problem in toy["train"]:
         thing = problem.question.split()[3].strip(".")
         jumps[thing].append(problem.cot.startswith("That makes"))
     shares = [sum(some) / len(some) for some in jumps.values()]
-    assert shares == pytest.approx([0.75, 0.25] * 4, abs=0.03)
+    assert shares == pytest.approx([0.7, 0.2] * 4, abs=0.03)
 
 
 def test_toy_chains_write_every_step_or_the_answer(toy):
@@ -97,4 +97,4 @@ def test_toy_is_the_same_in_every_run(task, toy):
     random.seed(1)
     assert load_problems(task, "train", limit=100) == toy["train"][:100]
     text = "\n".join(problem.question + problem.cot for problem in toy["train"])
-    assert zlib.crc32(text.encode()) == {"toy": 160688846, "toy-long": 3858348625}[task]
+    assert zlib.crc32(text.encode()) == {"toy": 487431035, "toy-long": 80709251}[task]
