@@ -618,10 +618,7 @@ def load(source: str | Path, device: str | None, dtype: str | None) -> Decoder:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     weight_dtype = torch.float64 if dtype == "float64" else torch.float32
-    decoder = Decoder.from_pretrained(source, weight_dtype, device)
-    decoder.autocast = dtype == "bfloat16"
-    if decoder.autocast and decoder.linear_maps is not None:
-        decoder.linear_maps.bfloat16()
+    decoder = read_checkpoint(source, weight_dtype, device, autocast=dtype == "bfloat16")
     decoder.tokenizer = read_tokenizer(source, decoder.files)
     count, rows = decoder.tokenizer.vocab_size, decoder.config.vocab_size
     if not 1 < count <= rows:  # without added tokens: few texts hold one of those
@@ -630,7 +627,7 @@ def load(source: str | Path, device: str | None, dtype: str | None) -> Decoder:
     return decoder
 
 
-def read_checkpoint(source, dtype, device):
+def read_checkpoint(source, dtype, device, autocast=False):
     """The weights of a Hugging Face folder or hub id, without a tokenizer.
 
     InputError for weights that are not those of the config, or not finite.
@@ -640,6 +637,7 @@ def read_checkpoint(source, dtype, device):
     # on "meta": no memory and no random numbers for weights that are about to be read
     with named_in_errors(f"{source}, config.json"), torch.device("meta"):
         decoder = Decoder(hf_config).to(dtype)
+    decoder.autocast = autocast
     decoder.files = read_files(source)
     with named_in_errors(f"{source}, model.safetensors or what stands for it"):
         hf, report = AutoModelForCausalLM.from_pretrained(
@@ -665,12 +663,19 @@ def read_checkpoint(source, dtype, device):
     nn.init.zeros_(decoder.value_head.bias)
     if file := find_file(source, "value_head.pt"):
         read_module(file, decoder.value_head)
-    if file := find_file(source, "linear_maps.pt"):
-        decoder.linear_maps = LinearMaps(decoder.config).to(device, dtype)
-        read_module(file, decoder.linear_maps)
+    read_maps(decoder, source)
     if not all(weight.isfinite().all() for weight in decoder.state_dict().values()):
         raise InputError(f"{source}: a weight is nan or infinite; take an earlier checkpoint")
     return decoder
+
+
+def read_maps(decoder, source):
+    """The linear maps of a checkpoint, where it has some."""
+    if file := find_file(source, "linear_maps.pt"):
+        weight = decoder.embed.weight
+        dtype = torch.bfloat16 if decoder.autocast else weight.dtype  # see `fit_maps`
+        decoder.linear_maps = LinearMaps(decoder.config).to(weight.device, dtype)
+        read_module(file, decoder.linear_maps)
 
 
 def check_checkpoint(source):

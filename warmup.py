@@ -52,6 +52,8 @@ from model import (
     measure_layers,
     named_in_errors,
     rank,
+    read_json,
+    read_maps,
     sample_skip,
     shard,
     skip_pool,
@@ -394,6 +396,10 @@ def nested_pool(model: Decoder, config: TrainConfig, completions: Callable) -> l
     is_cheap = config.skip_layers == "cheap"
     allowed = None if is_cheap else skip_pool(model, count, config.skip_layers)
     sample_skip(num_layers, config.skip_ratio, pool=allowed)  # refused now, and not in the loop
+    checkpoint = Path(config.out)
+    if config.resume and (checkpoint / "config.json").exists():  # it has what took minutes
+        model.hf_config.layer_kl = read_json(checkpoint / "config.json").get("layer_kl")
+        read_maps(model, checkpoint)
     is_kept = config.skip_ratio > 0 and is_measured(model, config.skip_with)
     if not is_kept:
         # of other weights soon, or of the other kind of skipping
