@@ -4,9 +4,10 @@
     python evaluate.py runs/warmup --samples 8 --rerank runs/verifier
     python evaluate.py runs/warmup --samples 8 --limit 1000 --keep-correct right.jsonl
 
-Samples are drawn at temperature 1. maj@k votes on the canonical answers of disjoint blocks of k
-samples; completions without an answer do not vote, and the first of equals wins. rerank@k takes
-the completion of a block, among those with an answer, that a verifier finds best (verifier.py).
+Samples are drawn at temperature 1. maj@k votes on the answers, in one spelling, of disjoint blocks
+of k samples; completions without an answer do not vote, and the first of equals wins. rerank@k
+takes the completion of a block, among those with an answer, that a verifier finds best
+(verifier.py).
 The third command writes right completions of the training problems as training problems (ReFT,
 section 4.2).
 """
@@ -67,15 +68,15 @@ def evaluate(
     fitting(prompts, model, config.max_new_tokens, is_training=False)
     rollout = sample(model, prompts, temperature=0, **config.sampling(model))
     grades = grade(rollout, problems, model, config)
-    right = grades.outcomes.count("right")
-    shares = {name: grades.outcomes.count(name) / len(problems) for name in OUTCOMES}
+    counts = Counter(grades.outcomes)
+    right = counts["right"]
     result = {
         "task": config.task,
         "problems": len(problems),
         "greedy_accuracy": right / len(problems),
         "greedy_interval": wilson(right, len(problems)),
         "greedy_length": (rollout.lengths - rollout.prompt_lens).double().mean().item(),
-        "greedy_outcomes": {name: share for name, share in shares.items() if share},
+        "greedy_outcomes": {n: counts[n] / len(problems) for n in OUTCOMES if n in counts},
     }
     lines = list(completion_lines(problems, grades, temperature=0))
     if samples:
@@ -183,13 +184,10 @@ def rerank_scores(verifier, prompts, grades):
 @torch.no_grad()
 def verifier_scores(verifier: Decoder, rows: list) -> list[float]:
     """The logit of being right, V_phi at the last token, of each row of token ids."""
-    device = verifier.embed.weight.device
-    # one block: it keeps the bf16 copies of the weights
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=verifier.autocast)
     scores = []
-    with unsharded(verifier), autocast:
+    with unsharded(verifier), verifier.mixed_precision():  # keeps the bf16 copies of the weights
         for row in rows[rank() :: world_size()]:
-            tokens = torch.tensor([row[:READ_TOKENS]], device=device)
+            tokens = torch.tensor([row[:READ_TOKENS]], device=verifier.device)
             last = verifier(tokens)[0, -1]  # (d,)
             scores.append(verifier.values(last).item())
     parts = all_gather(scores)  # each process has read every n-th row
@@ -253,7 +251,8 @@ def main(config: Config) -> list[dict]:
     folders = [evaluation_folder(run, config) for run in config.runs]
     if len(set(folders)) < len(folders):
         raise InputError("two of the runs would write to the same folder; take them by turns")
-    folders = [make_folder(folder) for folder in folders]
+    for folder in folders:
+        make_folder(folder)
     verifier = load(config.rerank, config.device, config.dtype) if config.rerank else None
     if verifier and not verifier.value_head.weight.any():
         raise InputError(f"--rerank {config.rerank}: no run of verifier.py, its V is 0")
@@ -267,8 +266,7 @@ def main(config: Config) -> list[dict]:
             model, problems, run_config, config.samples, config.seed, folder, verifier
         )
         rows.append({"run": run, **result})
-    if rank() == 0:
-        print_table(rows)
+    print_table(rows)
     return rows
 
 
@@ -283,8 +281,9 @@ def keep_correct(model: Decoder, config: Config) -> dict[str, int]:
     """Offline self-training (ReFT, section 4.2): right completions of the training problems.
 
     Of each problem at most --kept-samples different ones, drawn at random, and only what warm-up
-    learns as it stands (a box, ReFT's last line, or a program); and the annotated one, if it is not
-    among them. Rows have ReFT's fields. With --labels: every different completion, and its label.
+    learns as it stands (a box, ReFT's last line, or a program; in a chat that line becomes a box);
+    and the annotated one, if it is not among them. Rows have ReFT's fields. With --labels: every
+    different completion, and its label.
     """
     file = Path(config.keep_correct)
     if config.data and Path(config.data).resolve() == file.resolve():
@@ -313,7 +312,10 @@ def keep_correct(model: Decoder, config: Config) -> dict[str, int]:
             counts["right"] += grades.outcomes.count("right")
             for n, i in enumerate(indices):
                 own = slice(n * config.samples, (n + 1) * config.samples)
-                outcomes = dict(zip(grades.texts[own], grades.outcomes[own], strict=True))
+                outcomes = {}
+                for text, outcome in zip(grades.texts[own], grades.outcomes[own], strict=True):
+                    if outcomes.get(text) != "right":  # it may come again, cut
+                        outcomes[text] = outcome
                 texts = kept_texts(problems[i], outcomes, config)
                 counts["kept"] += len(texts)
                 for text in texts:
@@ -362,8 +364,7 @@ def print_table(rows):
     table += [[cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
-        cells = [text.ljust(width) for text, width in zip(line, widths, strict=True)]
-        print("  ".join(cells).rstrip())
+        print("  ".join(map(str.ljust, line, widths)).rstrip())
 
 
 def cell(value):

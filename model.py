@@ -15,6 +15,7 @@ it.
     values = decoder.values(hidden)     (..., d) -> (...)      V_phi: one linear layer on top
 
 There is no dropout anywhere: with it, pi_theta / pi_old would not be 1 at the first update.
+The papers end at the first rule; below it: linear maps, Hugging Face, several processes, files.
 """
 
 import contextlib
@@ -47,10 +48,7 @@ from transformers.utils import cached_file, logging
 
 from reward import InputError
 
-MEASURED = 16  # completions that tell what leaving out a layer costs
-FITTED = 256  # completions to which linear maps are fitted
-RIDGE = 0.005  # penalty of that fit, relative to the mean square of a feature
-OUTLIER = 30  # tokens that a layer moves so many times the median distance are left out of the fit
+Pairs = list[tuple[list[int], list[int]]]  # (prompt, completion), as token ids
 OPT_OFFSET = 2  # OPT keeps two unused rows at the start of its position table
 
 
@@ -80,25 +78,6 @@ def sample_skip(
     for place in torch.randperm(len(pool), generator=generator)[:count]:
         skip[pool[place]] = True
     return skip
-
-
-def skip_pool(model: "Decoder", count: int, skip_layers: str) -> list[int]:
-    """The layers among which eq. (2) draws the `count` that mu leaves out.
-
-    skip_layers "inner": all but the first and the last. "cheap", ours: twice as many layers as
-    are left out, those whose loss costs least (see `measure_layers`). "3,5,7": these layers;
-    InputError where one is no inner layer.
-    """
-    inner = list(range(1, len(model.layers) - 1))
-    if skip_layers == "inner" or (skip_layers == "cheap" and count == 0):
-        return inner
-    if skip_layers == "cheap":
-        return sorted(inner, key=lambda layer: model.hf_config.layer_kl[layer])[: 2 * count]
-    pool = [int(layer) for layer in skip_layers.split(",")]
-    if not set(pool) <= set(inner) or len(set(pool)) < len(pool):
-        allowed = f"different numbers from 1 to {len(inner)}"
-        raise InputError(f"--skip-layers {skip_layers}: must be {allowed}")
-    return pool
 
 
 class Decoder(nn.Module):
@@ -168,7 +147,7 @@ class Decoder(nn.Module):
             rope = self.rotary(positions, x.dtype)
 
         kept = self.kept_layers(skip)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+        with self.mixed_precision():
             for number, layer in enumerate(self.layers):
                 if number not in kept:
                     # eq. (2): the identity; beyond the paper: a linear map
@@ -182,6 +161,15 @@ class Decoder(nn.Module):
                 else:
                     x = layer(x, *context)
         return self.norm(x)
+
+    @property
+    def device(self):
+        """Where the weights are."""
+        return self.embed.weight.device
+
+    def mixed_precision(self):
+        """A block in which layers compute in bf16, where `autocast` says so."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
 
     def kept_layers(self, skip: Tensor | None) -> list[int]:
         """The numbers of the layers that run.
@@ -224,7 +212,7 @@ class Decoder(nn.Module):
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of texts, no special ones around them; a control token in a text stays text."""
-        with named_in_errors("a problem, as text for the tokenizer,"):
+        with named_in_errors("a problem, as text for the tokenizer"):
             encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
         return encoded.input_ids
 
@@ -383,19 +371,24 @@ def linear_in_fp32(hidden, weight, bias=None):
 
 # ---- beyond the papers: what a skipped layer costs, and what can stand in its place --------------
 
+MEASURED = 16  # completions that tell what leaving out a layer costs
+FITTED = 256  # completions to which linear maps are fitted
+RIDGE = 0.005  # penalty of that fit, relative to the mean square of a feature
+OUTLIER = 30  # tokens that a layer moves so many times the median distance are left out of the fit
+
 
 @torch.no_grad()
-def nested_kl(model: Decoder, pairs: list[tuple[list[int], list[int]]], skips: Tensor) -> Tensor:
+def nested_kl(model: Decoder, pairs: Pairs, skips: Tensor) -> Tensor:
     """KL(mu || pi) per token under each mask, (masks,) float64: exact over the vocabulary.
 
-    pairs: ids of (prompt, completion); the mean is over the tokens of the completions.
+    pairs: ids of (prompt, completion); the mean is over their completions' tokens (`kl_behav` of
+    rl.py: over those that mu has sampled).
     skips: (masks, num_layers) bool.
     """
-    device = model.embed.weight.device
     kl = torch.zeros(len(skips), dtype=torch.float64)
-    with torch.autocast(device.type, torch.bfloat16, enabled=model.autocast):  # as in `sample`
+    with model.mixed_precision():  # as in `sample`
         for prompt, completion in pairs:  # one by one, since (actions, vocab) can be large
-            tokens = torch.tensor([prompt + completion], device=device)
+            tokens = torch.tensor([prompt + completion], device=model.device)
             actions = slice(len(prompt) - 1, -1)  # column t predicts token t + 1
             log_pi = model.logits(model(tokens)[0, actions]).log_softmax(-1)  # (actions, vocab)
             for i, skip in enumerate(skips):
@@ -414,7 +407,7 @@ def is_measured(model, skip_with):
     return is_finite and has_maps == (skip_with == "linear")
 
 
-def measure_layers(model: Decoder, pairs: list[tuple[list[int], list[int]]], skip_with: str):
+def measure_layers(model: Decoder, pairs: Pairs, skip_with: str):
     """Set `hf_config.layer_kl`: KL(mu || pi) per token without each single layer.
 
     With skip_with "linear" the maps are fitted to all pairs first, and measured with. The KL is the
@@ -426,6 +419,25 @@ def measure_layers(model: Decoder, pairs: list[tuple[list[int], list[int]]], ski
     model.linear_maps = fit_maps(model, pairs) if skip_with == "linear" else None
     each_alone = torch.eye(len(model.layers)) > 0
     model.hf_config.layer_kl = nested_kl(model, pairs[:MEASURED], each_alone).tolist()
+
+
+def skip_pool(model: "Decoder", count: int, skip_layers: str) -> list[int]:
+    """The layers among which eq. (2) draws the `count` that mu leaves out.
+
+    skip_layers "inner": all but the first and the last. "cheap", ours: twice as many layers as
+    are left out, those whose loss costs least (see `measure_layers`). "3,5,7": these layers;
+    InputError where one is no inner layer.
+    """
+    inner = list(range(1, len(model.layers) - 1))
+    if skip_layers == "inner" or (skip_layers == "cheap" and count == 0):
+        return inner
+    if skip_layers == "cheap":
+        return sorted(inner, key=lambda layer: model.hf_config.layer_kl[layer])[: 2 * count]
+    pool = [int(layer) for layer in skip_layers.split(",")]
+    if not set(pool) <= set(inner) or len(set(pool)) < len(pool):
+        allowed = f"different numbers from 1 to {len(inner)}"
+        raise InputError(f"--skip-layers {skip_layers}: must be {allowed}")
+    return pool
 
 
 class LinearMaps(nn.Module):
@@ -449,8 +461,14 @@ class LinearMaps(nn.Module):
         return x + F.linear(self.norm(x), self.weight[number], self.bias[number])
 
 
+def empty_maps(model):
+    """LinearMaps of zeros, in the precision of the layers: autocast would cast them every time."""
+    dtype = torch.bfloat16 if model.autocast else model.embed.weight.dtype
+    return LinearMaps(model.config).to(model.device, dtype)
+
+
 @torch.no_grad()
-def fit_maps(model: Decoder, pairs: list[tuple[list[int], list[int]]]) -> LinearMaps:
+def fit_maps(model: Decoder, pairs: Pairs) -> LinearMaps:
     """The ridge regression of what each layer f adds, over the tokens of prompts and completions:
 
         W, b = argmin  sum |W norm(x) + b - (f(x) - x)|^2 + ridge |(W, b)|^2
@@ -460,8 +478,8 @@ def fit_maps(model: Decoder, pairs: list[tuple[list[int], list[int]]]) -> Linear
     Memory: about 4 d^2 float64 a layer, before gradients and moments are there.
     """
     L, d = len(model.layers), model.config.hidden_size
-    device = model.embed.weight.device
-    maps = LinearMaps(model.config).to(device, model.embed.weight.dtype)
+    device = model.device
+    maps = empty_maps(model)
     # sums over tokens of u u^T and u y^T, where u = (norm(x), 1) and y = f(x) - x
     uu = torch.zeros(L, d + 1, d + 1, dtype=torch.float64, device=device)
     uy = torch.zeros(L, d + 1, d, dtype=torch.float64, device=device)
@@ -488,8 +506,6 @@ def fit_maps(model: Decoder, pairs: list[tuple[list[int], list[int]]]) -> Linear
     fit = torch.linalg.solve(uu, uy)  # (L, d + 1, d): W and b, transposed
     maps.weight.copy_(fit[:, :d].mT)
     maps.bias.copy_(fit[:, d])
-    if model.autocast:
-        maps.bfloat16()  # or autocast would cast them in every pass
     return maps
 
 
@@ -611,8 +627,8 @@ OPT_NAMES = {
 def load(source: str | Path, device: str | None, dtype: str | None) -> Decoder:
     """A decoder with its tokenizer and EOS ids, from a Hugging Face folder or hub id.
 
-    device None: CUDA where there is one. dtype "float32", "float64" or "bfloat16": fp32 weights,
-    layers that compute in bf16; None: bfloat16 on CUDA, else float32. InputError for what cannot be
+    device None: CUDA where there is one. dtype: "float32", "float64", or "bfloat16" (fp32 weights,
+    layers compute in bf16); None: bfloat16 on CUDA, else float32. InputError for what cannot be
     used.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -672,9 +688,7 @@ def read_checkpoint(source, dtype, device, autocast=False):
 def read_maps(decoder, source):
     """The linear maps of a checkpoint, where it has some."""
     if file := find_file(source, "linear_maps.pt"):
-        weight = decoder.embed.weight
-        dtype = torch.bfloat16 if decoder.autocast else weight.dtype  # see `fit_maps`
-        decoder.linear_maps = LinearMaps(decoder.config).to(weight.device, dtype)
+        decoder.linear_maps = empty_maps(decoder)
         read_module(file, decoder.linear_maps)
 
 
@@ -740,9 +754,8 @@ def write_checkpoint(decoder, folder, weights):
     for name, content in decoder.files.items():
         (folder / name).write_bytes(content)
     for module in ("value_head", "linear_maps"):  # .pt: inference servers load every .safetensors
-        names = [f"{module}.weight", f"{module}.bias"]
-        if names[0] in weights:
-            own = {name.removeprefix(f"{module}."): weights[name].clone() for name in names}
+        if f"{module}.weight" in weights:
+            own = {name: weights[f"{module}.{name}"].clone() for name in ("weight", "bias")}
             torch.save(own, folder / f"{module}.pt")
 
 
@@ -915,7 +928,7 @@ def shard(model):
     """
     if not dist.is_initialized():
         return
-    mesh = init_device_mesh(model.embed.weight.device.type, (world_size(),))
+    mesh = init_device_mesh(model.device.type, (world_size(),))
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=module is not model)
         module.set_gradient_divide_factor(1.0)  # a sum: losses are divided by the tokens of all

@@ -6,8 +6,8 @@
 Departures from ReFT, the paper (its code in brackets):
 - KL penalty: the estimate log pi_old - log pi_ref at the sampled token (as the code); the paper
   writes the full KL.
-- Losses: the mean over the tokens of a batch (the code: the mean of sequence means).
-- The learning rate rises over 10 updates and falls linearly to 0 (the paper: constant).
+- Losses: the mean over the tokens of an optimizer step (the code: the mean of sequence means).
+- The learning rate rises over 10 updates and falls linearly to lr / steps (paper: constant).
 - lam is 1. With lam .95 and a critic that knows nothing, A_t = lam^(L-t) r: long right completions
   are pushed down at their start, and PPO ends in short wrong ones.
 - A completion cut at --max-new-tokens earns 0 (the code pays it), and no bootstrapped value.
@@ -24,7 +24,6 @@ import copy
 import math
 import shlex
 import time
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +87,7 @@ LR_RAMP = 10  # updates over which the learning rate rises
 
 
 def gae(rewards, values, mask, gamma, lam, trace=None) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, eqs. (5)-(7). trace: c_t of the correction, 1 when None.
+    """Advantages and returns, eqs. (5)-(7). rewards: of eq. (4); trace: c_t, 1 when None.
 
     What follows the last action counts as 0, also where a completion was cut.
     """
@@ -111,7 +110,7 @@ def gae(rewards, values, mask, gamma, lam, trace=None) -> tuple[Tensor, Tensor]:
 def correction_terms(correction, logp_old, logp_behav, mask, cap) -> tuple[Tensor, Tensor, Tensor]:
     """Weight w_t of eq. (9), trace c_t of eqs. (6), (7), log denominator of eq. (8); constants.
 
-    Only `prefix` is unbiased (lam = 1, no whitening, the first update of a batch).
+    Only `prefix` is unbiased (lam = gamma = 1, no whitening, a constant denominator, first update).
     """
     if not logp_behav[mask].isfinite().all():
         raise FloatingPointError("log mu of a sampled token is not finite: no importance ratios")
@@ -159,7 +158,7 @@ def value_loss(values, values_old, returns, mask, clip, tokens) -> Tensor:
 def learning_rate(config: "Config", step: int, update: int) -> float:
     """The rate of an update: it rises over LR_RAMP updates, then falls linearly with the steps.
 
-    update: counted over the run. The last step has lr / steps.
+    update: of the run, where batches have --rollout-batch rows. The last step has lr / steps.
     """
     rise = min(1, update / LR_RAMP)
     fall = 1 - (step - 1) / config.steps
@@ -179,7 +178,7 @@ class Batch(NamedTuple):
 
 def ppo_update(run: Run, rollout: Rollout, batch: Batch, updates: Iterable) -> dict[str, float]:
     """Step 6 of main: an optimizer step for each (rows, learning rate); means over the tokens."""
-    config, sums, grad_norms = run.config, Counter(), []
+    config, sums, total, grad_norms = run.config, np.zeros(3), 0, []
     for rows, lr in updates:
         tokens = int(batch.mask[rows].sum())  # of the whole step: micro-batches change no gradient
         loss_sum = torch.zeros((), device=run.device)
@@ -195,15 +194,17 @@ def ppo_update(run: Run, rollout: Rollout, batch: Batch, updates: Iterable) -> d
             loss_sum += loss.detach()
             # A > 0 and ratio > 1 + eps, or A < 0 and ratio < 1 - eps: eq. (9) has no gradient.
             is_clipped = ((ratio - 1) * mb.advantages.sign() > config.clip) & mb.mask  # (n, T-1)
-            sums["policy_loss"] += pg_loss.item() * tokens
-            sums["value_loss"] += v_loss.item() * tokens
-            sums["clip_fraction"] += is_clipped.sum().item()
-        sums["tokens"] += tokens
+            # of policy loss, value loss and clipped tokens
+            sums += (pg_loss.item() * tokens, v_loss.item() * tokens, is_clipped.sum().item())
+        total += tokens
         grad_norms.append(run.update(lr, loss_sum))
-    names = ("policy_loss", "value_loss", "clip_fraction")
-    totals = all_reduce(torch.tensor([sums[name] for name in names], dtype=torch.float64))
-    losses = dict(zip(names, (totals / sums["tokens"]).tolist(), strict=True))
-    return {**losses, "grad_norm": sum(grad_norms) / len(grad_norms)}  # before it is clipped to 1
+    pg_mean, v_mean, clip_fraction = (all_reduce(torch.from_numpy(sums)) / total).tolist()
+    return {
+        "policy_loss": pg_mean,
+        "value_loss": v_mean,
+        "clip_fraction": clip_fraction,
+        "grad_norm": sum(grad_norms) / len(grad_norms),  # before it is clipped to 1
+    }
 
 
 def main(config: "Config") -> dict:
@@ -213,10 +214,11 @@ def main(config: "Config") -> dict:
     prompts = encode_prompts(problems, reference, config)
     kept = fitting(prompts, reference, config.max_new_tokens, is_training=True)
     problems, prompts = [problems[i] for i in kept], [prompts[i] for i in kept]
-    check_batch("--rollout-batch", config.rollout_batch // config.samples, problems)
+    questions = config.rollout_batch // config.samples  # a batch
+    check_batch("--rollout-batch", questions, problems)
     annotated = annotated_examples(problems, reference, config)
     pool = nested_pool(reference, config, lambda: own_completions(reference, prompts, config))
-    model, num_layers = copy.deepcopy(reference), len(reference.layers)
+    model = copy.deepcopy(reference)
     # Without a critic its head gets no gradient, and AdamW holds no moments of it.
     model.value_head.requires_grad_(config.value_coef > 0)
     contents = fingerprint(problems, [prompts, annotated], reference)
@@ -224,14 +226,13 @@ def main(config: "Config") -> dict:
     freeze(reference)  # after the fingerprint, which is of fp32 weights
 
     for step in run.steps():
-        # 1. problems, and a new skip mask for every batch; one rng a step seeds all that is random
+        # 1. problems, and a new skip mask for every batch; rng seeds all else that is random
         rng = np.random.default_rng((config.seed, 1, step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))  # mask, minibatches
-        questions = config.rollout_batch // config.samples
         chosen = batch_indices(config.seed, step, questions, len(problems))
         batch_problems = [problems[i] for i in chosen]
         pool = run.state["pool"]  # on --resume that of the checkpoint: measures differ by rounding
-        skip = sample_skip(num_layers, config.skip_ratio, generator, pool)  # eq. (2)
+        skip = sample_skip(len(model.layers), config.skip_ratio, generator, pool)  # eq. (2)
 
         # 2. completions from the nested behavior model mu
         sampling_seed = int(rng.integers(2**62))
@@ -290,7 +291,7 @@ def main(config: "Config") -> dict:
         run.stop_clock()
         numbers = {
             **completion_stats(rollout, grades, reward, config.samples),
-            "kl_ref": masked_mean(kl_ref, mask).item(),  # on mu's tokens
+            "kl_ref": masked_mean(kl_ref, mask).item(),  # on mu's tokens: a KL only where mu = pi
             **mismatch(logp_old, logp_behav, mask),
             "explained_variance": explained_variance(values_old, returns, mask),
             **losses,
@@ -336,7 +337,9 @@ class Flags:
     minibatch: int | None = flag(
         None, "completions of one optimizer step (toy: 64, else 32)", low=1
     )
-    lr: float | None = flag(None, "rises over 10 updates, falls to 0 (toy: 1e-4, else 3e-7)", low=0)
+    lr: float | None = flag(
+        None, "reached after 10 updates, then falls (toy: 1e-4, else 3e-7)", low=0
+    )
     partial_reward: float = flag(
         0.1, "eq. (3): what a wrong answer of the right kind earns", low=0, high=1
     )
@@ -390,21 +393,18 @@ def action_stats(model: Decoder, tokens: Tensor, mask: Tensor) -> tuple[Tensor, 
     actions = tokens[:, 1:][mask]  # (actions,)
     logp = token_logp(model.logits(hidden), actions)  # (actions,)
     values = model.values(hidden)  # (actions,)
-    logp_full = logp.new_zeros(mask.shape).masked_scatter(mask, logp)  # (N, T-1)
-    values_full = values.new_zeros(mask.shape).masked_scatter(mask, values)  # (N, T-1)
-    return logp_full, values_full
+    zeros = logp.new_zeros(mask.shape)  # (N, T-1)
+    return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, values)
 
 
 @torch.no_grad()
-def batch_stats(model: Decoder, rollout: Rollout, micro_batch: int) -> tuple[Tensor, Tensor]:
-    """`action_stats` of a whole batch, rows of like length together."""
-    logp = torch.zeros_like(rollout.logp_behav)  # (N, T-1)
-    values = torch.zeros_like(rollout.logp_behav)  # (N, T-1)
+def batch_stats(model: Decoder, rollout: Rollout, micro_batch: int) -> Tensor:
+    """`action_stats` of a whole batch, (2, N, T-1); rows of like length together."""
+    stats = torch.zeros_like(rollout.logp_behav).repeat(2, 1, 1)  # (2, N, T-1)
     for rows, T in micro_batches(rollout.lengths, micro_batch):
         mask = rollout.action_mask[rows, : T - 1]  # (n, T-1)
-        part = action_stats(model, rollout.tokens[rows, :T], mask)  # (n, T-1) each
-        logp[rows, : T - 1], values[rows, : T - 1] = part
-    return all_reduce(logp), all_reduce(values)  # each process has filled in its rows
+        stats[:, rows, : T - 1] = torch.stack(action_stats(model, rollout.tokens[rows, :T], mask))
+    return all_reduce(stats)  # each process has filled in its rows
 
 
 def minibatches(count, config, step, generator):
@@ -471,14 +471,13 @@ def right_examples(rollout, outcomes, annotated, chosen):
 
 def self_training_update(run, examples, updates):
     """Step 6 of online self-training (ReFT, section 4.2): eq. (1) on (prompt, completion) pairs."""
-    losses, grad_norms = [], []
-    for rows, lr in updates:
-        if len(rows):
-            loss, grad_norm = supervised_step(run, [examples[n] for n in rows.tolist()], lr)
-            losses.append(loss)
-            grad_norms.append(grad_norm)
-    count = max(1, len(losses))
-    return {"policy_loss": sum(losses) / count, "grad_norm": sum(grad_norms) / count}
+    numbers = [
+        supervised_step(run, [examples[n] for n in rows.tolist()], lr)
+        for rows, lr in updates
+        if len(rows)
+    ]  # (loss, norm of its gradient) of each update
+    loss, grad_norm = np.mean(numbers or [(0.0, 0.0)], axis=0).tolist()
+    return {"policy_loss": loss, "grad_norm": grad_norm}
 
 
 # ---- records -------------------------------------------------------------------------------------
@@ -526,9 +525,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 def sample_texts(problems, grades):
     """The first and the last completion of a batch, for samples.txt."""
-    samples = len(grades.texts) // len(problems)
     for n in (0, -1):
-        problem = problems[n // samples]
+        problem = problems[n]
         gold = f"gold {problem.answer}"
         yield f"{grades.outcomes[n]}, {gold}\n{problem.question}\n>>> {grades.texts[n]}\n"
 

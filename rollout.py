@@ -34,6 +34,7 @@ from transformers import HfArgumentParser
 
 from model import (
     Decoder,
+    Pairs,
     all_gather,
     all_reduce,
     check_checkpoint,
@@ -68,7 +69,7 @@ class Rollout:
     finished: Tensor  # (N,) bool: ended by EOS, not cut at max_new_tokens
     skip: Tensor | None  # (num_layers,) bool: the mask of mu
 
-    def pairs(self) -> list[tuple[list[int], list[int]]]:
+    def pairs(self) -> Pairs:
         """The N (prompt, completion) pairs of token ids, EOS included."""
         spans = zip(
             self.tokens.tolist(), self.prompt_lens.tolist(), self.lengths.tolist(), strict=True
@@ -98,7 +99,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
         point = uniform * cdf[:, -1]  # (R,)
         tokens = torch.searchsorted(cdf, point[:, None], right=True).squeeze(-1)  # (R,)
         tokens = tokens.clamp(max=logits.shape[-1] - 1)  # rounding, or nan, may point past the last
-    return tokens, probs.gather(-1, tokens[:, None]).squeeze(-1).log()
+    return tokens, probs.gather(-1, tokens[:, None]).squeeze(-1).log()  # token_logp, up to rounding
 
 
 def sample(
@@ -118,13 +119,12 @@ def sample(
 
     prompts: lists of token ids. eos_id: one id, several, or [] for none. skip: (num_layers,) bool.
     seed: one int, or one a prompt. max_rows: so many rows run at a time, which bounds the memory.
-    The noise is one uniform number per (seed, prompt, sample, position). So completions depend
-    neither on max_rows, nor on a row's neighbours, nor on how many processes share the rows.
+    The noise is one uniform number per (seed, prompt, sample, position). So, up to rounding,
+    completions depend neither on max_rows, nor on a row's neighbours, nor on how many processes
+    share the rows.
     """
-    device = model.embed.weight.device
-    # One autocast block around the loop keeps the bf16 copies of the weights from step to step.
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=model.autocast)
-    with unsharded(model), autocast:
+    # One block around the loop keeps the bf16 copies of the weights from step to step.
+    with unsharded(model), model.mixed_precision():
         sampler = Sampler(
             model, prompts, max_new_tokens, eos_id, pad_id, num_samples, temperature, skip, seed,
             max_rows,
@@ -149,8 +149,9 @@ class Sampler:
 
     Row n is sample n % num_samples of prompt n // num_samples.
 
-    There is one row and one column more than the rollout has. Idle slots point at row N. A row that
-    has ended goes on writing behind its end, in column T at most, until it is retired.
+    There is one row more than N: idle slots point at it. There is one column more than T, here the
+    longest prompt and max_new_tokens: a row that has ended goes on writing behind its end, in
+    column T at most, until it is retired.
     """
 
     def __init__(
@@ -164,9 +165,9 @@ class Sampler:
             length = f"{longest} prompt tokens + {max_new_tokens} new ones"
             raise ValueError(f"{length} > context {model.config.max_positions}")
         self.model, self.temperature, self.pad_id = model, temperature, pad_id
-        self.num_samples, self.mask = num_samples, skip
+        self.num_samples = num_samples
         self.skip = None if skip is None else skip.cpu()  # is read on the host
-        self.device = device = model.embed.weight.device
+        self.device = device = model.device
 
         # Rows: what each says so far, which token is EOS, and the noise that draws the tokens.
         rows = [torch.tensor(prompt) for prompt in prompts for _ in range(num_samples)]
@@ -281,7 +282,7 @@ class Sampler:
         logp_behav = logp_behav[:, 1:T].masked_fill(~action_mask, 0)  # (N, T-1)
         tokens = tokens[:, :T].masked_fill(~is_written, self.pad_id)  # (N, T)
         finished = self.is_eos[last]  # (N,)
-        return Rollout(tokens, prompt_lens, lengths, action_mask, logp_behav, finished, self.mask)
+        return Rollout(tokens, prompt_lens, lengths, action_mask, logp_behav, finished, self.skip)
 
 
 def prompt_seeds(seed, count):

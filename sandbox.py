@@ -64,8 +64,8 @@ STATUSES = ("ok", "error", "timeout", "killed")
 class Outcome(NamedTuple):
     """How a program ended.
 
-    status: one of STATUSES. "error": it raised, left, returned no number, or is no program;
-    "timeout": it met a limit on time; "killed": it crashed.
+    status: one of STATUSES. "error": it raised, exited, returned no number, or is no program;
+    "timeout": it met a limit on time; "killed": it crashed, or its server did.
     answer: the text of a number if status is "ok", else None.
     """
 
@@ -76,7 +76,7 @@ class Outcome(NamedTuple):
 def execute(programs: list[str], unsafe: bool = False) -> list[Outcome]:
     """Run programs, one a core at a time; each may stand in the prose of a chat (program_text).
 
-    InputError where nothing holds programs back. With unsafe=True only the limits do, there.
+    InputError on a system without seccomp, unless unsafe: there only the limits hold them back.
     """
     with ThreadPoolExecutor(CORES) as pool:
         return list(pool.map(lambda text: run_program(text, unsafe), programs))
@@ -189,7 +189,7 @@ def run_program(text, unsafe):
             "--unsafe-exec let programs do to your files what they like"
         )
     request = len(source).to_bytes(4) + source
-    status, answer = ask(server, request, WALL_SECONDS + GRACE_SECONDS)
+    status, answer = ask(server.process, request, WALL_SECONDS + GRACE_SECONDS)
     idle.append(server)
     # read_number alone would take words, units and a second line, too.
     is_plain = re.fullmatch(r"[-+.0-9e/]{1,255}", answer)
@@ -207,24 +207,24 @@ def take_idle(idle):
             return None
         if server.process.poll() is None:
             return server
-        stop(server)
+        stop(server.process)
 
 
-def ask(server, request, seconds):
+def ask(process, request, seconds):
     """Send a request and read the reply: a status and a text.
 
     A server that ends, or is silent for too long, is stopped: "killed".
     """
-    timer = threading.Timer(seconds, server.process.kill)
+    timer = threading.Timer(seconds, process.kill)
     timer.start()
     reply = b""
     with contextlib.suppress(OSError):  # it has ended
-        server.process.stdin.write(request)
-        server.process.stdin.flush()
-        reply = server.process.stdout.read(REPLY_BYTES)
+        process.stdin.write(request)
+        process.stdin.flush()
+        reply = process.stdout.read(REPLY_BYTES)
     timer.cancel()
     if len(reply) < REPLY_BYTES:
-        stop(server)
+        stop(process)
         return "killed", ""
     return STATUSES[reply[0]], reply[1:].rstrip(b"\0").decode("latin-1")
 
@@ -244,7 +244,7 @@ def start_server(needs_sympy):
         },
         start_new_session=True,  # Ctrl-C in a terminal is for the trainer
     )
-    status, _ = ask(Server(process, False), b"", START_SECONDS)
+    status, _ = ask(process, b"", START_SECONDS)
     if status == "killed":
         raise InputError(
             f"no server for programs: {sys.executable} ended with {process.returncode} at its start"
@@ -252,10 +252,10 @@ def start_server(needs_sympy):
     return Server(process, is_confined=status == "ok")
 
 
-def stop(server):
+def stop(process):
     """Kill a server; the kernel kills its child with it."""
-    server.process.kill()
-    with contextlib.suppress(OSError), server.process:
+    process.kill()
+    with contextlib.suppress(OSError), process:
         pass  # closes its pipes and reaps it
 
 
@@ -264,7 +264,7 @@ def stop_idle():
     """At exit: stop the servers of this process. One that is at work ends as its pipe closes."""
     for (owner, _), servers in IDLE.items():
         while owner == os.getpid() and servers:
-            stop(servers.pop())
+            stop(servers.pop().process)
 
 
 # ---- the limits ----------------------------------------------------------------------------------
@@ -394,8 +394,8 @@ numpy.random.seed(0)
 def serve(needs_sympy, seccomp):
     """Run the programs that come on stdin, each in a fork, and report each to stdout.
 
-    A request: 4 bytes, the size of a program, and the program. A reply: answer_buffer.
-    Ends when the trainer does.
+    A request: 4 bytes, the size of a program, and the program. A reply: answer_buffer. The first
+    one, unasked, is "ok" where the filter works. Ends when the trainer does.
     """
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of a program become children of its server
     preload(needs_sympy)
@@ -434,15 +434,15 @@ def can_confine(seccomp):
 
 def run_forked(size, seccomp):
     """Run the program that is next on stdin in a child, and report."""
-    inside, outside = os.pipe()
-    os.set_blocking(outside, False)  # writing too much fails instead of waiting
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)  # writing too much fails instead of waiting
     pid = os.fork()
     if pid == 0:
-        run_child(size, outside, seccomp)
-    os.close(outside)
+        run_child(size, writer, seccomp)
+    os.close(writer)
     status = wait(pid)
-    os.readv(inside, [memoryview(answer_buffer)[1:]])
-    os.close(inside)
+    os.readv(reader, [memoryview(answer_buffer)[1:]])
+    os.close(reader)
     report(status)
 
 
@@ -480,7 +480,7 @@ def wait(pid):
 # ---- the child -----------------------------------------------------------------------------------
 
 
-def run_child(size, outside, seccomp):
+def run_child(size, writer, seccomp):
     """Take the program, lock the doors, run it, write the answer, and end."""
     code = 1
     try:
@@ -488,7 +488,7 @@ def run_child(size, outside, seccomp):
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         with open(0, "rb") as stdin:
             source = stdin.read(size).decode()
-        os.dup2(outside, 3)
+        os.dup2(writer, 3)
         null = os.open(os.devnull, os.O_RDWR)
         for file in range(3):
             os.dup2(null, file)

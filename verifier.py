@@ -60,9 +60,8 @@ def main(config: "Config") -> dict:
     examples, held_out = labelled_examples(config, model)
     check_batch("--batch", config.batch, examples)
     steps = config.steps or max(1, round(config.epochs * len(examples) / config.batch))
-    contents = fingerprint(examples, held_out, model)
-    run = VerifierRun("verifier", config, model, contents, steps)
-    run.held_out = held_out  # for its evaluations
+    contents = fingerprint(examples, [], model)
+    run = VerifierRun("verifier", config, model, contents, steps, tests=held_out)
     for step in run.steps():
         chosen = batch_indices(config.seed, step, config.batch, len(examples))
         lr = learning_rate(config, step, steps)
@@ -83,7 +82,7 @@ class VerifierRun(Run):
 
     def evaluate(self, out=None):
         """Accuracy on the held-out completions, and that of always guessing the commoner label."""
-        rows, labels = zip(*self.held_out, strict=True)
+        rows, labels = zip(*self.tests, strict=True)
         scores = verifier_scores(self.model, rows)
         hits = sum((score > 0) == label for score, label in zip(scores, labels, strict=True))
         share = sum(labels) / len(labels)

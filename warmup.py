@@ -43,17 +43,17 @@ from evaluate import draw_curves, evaluate, make_folder, print_table
 from model import (
     FITTED,
     Decoder,
+    Pairs,
     all_gather,
     all_reduce,
     barrier,
+    empty_maps,
     full_tensor,
     is_measured,
     load,
     measure_layers,
     named_in_errors,
     rank,
-    read_json,
-    read_maps,
     sample_skip,
     shard,
     skip_pool,
@@ -91,8 +91,8 @@ TOY = {
     "skip_ratio": 0.25,
     "epochs": 0.6,
 }
-# ReFT, section 4.3 and appendix B. Its warm-ups have 2 epochs on GSM8K and SVAMP, 5 (programs: 2)
-# on MathQA with letters, 10 on MathQA with numbers.
+# batch and lr: ReFT, section 4.3 and appendix B. Its warm-ups have 2 epochs on GSM8K and SVAMP, 5
+# (programs: 2) on MathQA with letters, 10 on MathQA with numbers.
 PRETRAINED = {
     "batch": 48,
     "lr": 1e-5,
@@ -116,7 +116,7 @@ def supervised_step(
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
     for rows, T in micro_batches(lengths, run.config.micro_batch):
         mask = action_mask[rows, : T - 1]  # (n, T-1)
-        hidden = run.model(tokens[rows, :T], skip)[:, :-1][mask]  # (actions, d)
+        hidden = run.model(tokens[rows, :T], skip)[:, :-1][mask]  # (actions of these rows, d)
         logits = run.model.logits(hidden)  # (actions, vocab): completion positions only
         logp = token_logp(logits, tokens[rows, 1:T][mask])  # (actions,)
         loss = -logp.sum() / actions  # eq. (1)
@@ -163,8 +163,7 @@ def main(config: "Config") -> dict:
     pool = nested_pool(model, config, lambda: examples[:FITTED])
     steps = config.steps or max(1, round(config.epochs * len(problems) / config.batch))
     contents = fingerprint(problems, examples, model if config.model else None)
-    adam = {"weight_decay": config.weight_decay, "beta2": config.beta2}
-    run = Run("warmup", config, model, contents, steps, **adam, pool=pool)
+    run = Run("warmup", config, model, contents, steps, config.weight_decay, config.beta2, pool)
 
     for step in run.steps():
         # 2. a batch, and for a share of the batches a skip mask
@@ -268,7 +267,10 @@ class Flags:
         None, "share of batches with layers left out (toy: 0.75, pretrained: 0)", low=0, high=1
     )
     skip_ratio: float | None = flag(
-        None, "share of layers that they leave out (toy: 0.25, pretrained: 0.07)", low=0, high=0.99
+        None,
+        "share of layers that they leave out, with --layer-dropout (toy: 0.25, pretrained: 0.07)",
+        low=0,
+        high=0.99,
     )
     beta2: float | None = flag(
         None,
@@ -343,9 +345,7 @@ def toy_model(config: Config, problems: list[Problem]) -> Decoder:
     return model.to(config.device, torch.float64 if config.dtype == "float64" else torch.float32)
 
 
-def encode_examples(
-    problems: list[Problem], model: Decoder, config: SharedConfig
-) -> list[tuple[list[int], list[int]]]:
+def encode_examples(problems: list[Problem], model: Decoder, config: SharedConfig) -> Pairs:
     """Token ids of (prompt, completion with EOS) of every problem."""
     prompts = encode_prompts(problems, model, config)
     eos_id = model.eos_ids[0]
@@ -356,7 +356,8 @@ def encode_examples(
         if config.engine == "nl":
             targets = [boxed(problem) for problem in problems]
     texts = [make_target(problem, config.engine) for problem in targets]
-    if is_turn and opens_thought(model.tokenizer.decode(prompts[0])):
+    # some templates let every answer begin inside of a thought
+    if is_turn and model.tokenizer.decode(prompts[0]).rstrip().endswith("<think>"):
         texts = [close_thought(text) for text in texts]
     completions = model.encode(texts)
     return [(prompt, [*ids, eos_id]) for prompt, ids in zip(prompts, completions, strict=True)]
@@ -366,11 +367,6 @@ def boxed(problem):
     """The answer in a box, as a chat's system prompt asks: "... the answer is: \\boxed{18}"."""
     cot = problem.cot.partition(ANSWER_LINE)[0]
     return replace(problem, cot=cot, answer=f"\\boxed{{{problem.answer}}}")
-
-
-def opens_thought(prompt):
-    """Whether a chat template lets every answer begin inside of a thought."""
-    return prompt.rstrip().endswith("<think>")
 
 
 def close_thought(target):
@@ -385,10 +381,10 @@ def close_thought(target):
 # ---- what both stages need of model and data -----------------------------------------------------
 
 
-def nested_pool(model: Decoder, config: TrainConfig, completions: Callable) -> list[int]:
+def nested_pool(model: Decoder, config: TrainConfig, get_pairs: Callable) -> list[int]:
     """The layers that mu may skip, see `skip_pool`; they are measured, and get maps, if need be.
 
-    completions: returns (prompt, completion) pairs; called only if there is something to measure.
+    get_pairs: returns (prompt, completion) pairs; called only if there is something to measure.
     InputError for a --skip-ratio or --skip-layers that cannot be.
     """
     num_layers = len(model.layers)
@@ -396,16 +392,14 @@ def nested_pool(model: Decoder, config: TrainConfig, completions: Callable) -> l
     is_cheap = config.skip_layers == "cheap"
     allowed = None if is_cheap else skip_pool(model, count, config.skip_layers)
     sample_skip(num_layers, config.skip_ratio, pool=allowed)  # refused now, and not in the loop
-    checkpoint = Path(config.out)
-    if config.resume and (checkpoint / "config.json").exists():  # it has what took minutes
-        model.hf_config.layer_kl = read_json(checkpoint / "config.json").get("layer_kl")
-        read_maps(model, checkpoint)
+    if config.resume and Path(config.out, "trainer.pt").exists():
+        return []  # `Run` takes pool, costs and maps from there
     is_kept = config.skip_ratio > 0 and is_measured(model, config.skip_with)
     if not is_kept:
         # of other weights soon, or of the other kind of skipping
         model.linear_maps = model.hf_config.layer_kl = None
         if config.skip_ratio > 0 and (is_cheap or config.skip_with == "linear"):
-            measure_layers(model, completions(), config.skip_with)
+            measure_layers(model, get_pairs(), config.skip_with)
     pool = skip_pool(model, count, config.skip_layers)
     return all_gather(pool)[0]  # rounding may differ; all processes must skip the same layers
 
@@ -418,13 +412,10 @@ def check_batch(name, size, problems):
 
 def batch_indices(seed: int, step: int, batch: int, count: int) -> list[int]:
     """The `batch` problems of step 1, 2, ...: every epoch is a new permutation of all `count`."""
-    indices, permutations = [], {}
-    for i in range((step - 1) * batch, step * batch):
-        epoch, place = divmod(i, count)
-        if epoch not in permutations:
-            permutations[epoch] = np.random.default_rng((seed, 0, epoch)).permutation(count)
-        indices.append(int(permutations[epoch][place]))
-    return indices
+    epoch, start = divmod((step - 1) * batch, count)
+    # a batch reaches into the next epoch at most, see `check_batch`
+    permutations = [np.random.default_rng((seed, 0, epoch + i)).permutation(count) for i in (0, 1)]
+    return np.concatenate(permutations)[start : start + batch].tolist()
 
 
 def micro_batches(lengths: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
@@ -502,20 +493,27 @@ class Run:
         steps,
         weight_decay=0.0,
         beta2=0.999,
-        **state,
+        pool=(),
+        tests=None,
     ):
         """Go on from --out with --resume; else start. What is refused has written nothing.
 
-        contents: what a resumed run must share, see `fingerprint`. steps: of the whole run.
+        contents: what a resumed run must share, see `fingerprint`. steps: of the whole run. pool:
+        of `nested_pool`. tests: what to evaluate on; None: the test problems.
         """
         self.stage, self.config, self.model, self.last_step = stage, config, model, steps
-        self.out, self.device = Path(config.out), model.embed.weight.device
-        self.tests = load_split(config, "test")
-        prompts = encode_prompts(self.tests, model, config)
-        fitting(prompts, model, config.max_new_tokens, is_training=False)
-        tests = repr((self.tests, prompts, model.eos_ids))
-        self.contents = {**contents, "the test problems": [zlib.crc32(tests.encode())]}
-        self.state = {"step": 0, "seconds": 0.0, "bad_steps": 0, "warned": [], **state}
+        self.out, self.device = Path(config.out), model.device
+        prompts = []
+        if tests is None:
+            tests = load_split(config, "test")
+            prompts = encode_prompts(tests, model, config)
+            fitting(prompts, model, config.max_new_tokens, is_training=False)
+        self.tests = tests
+        text = repr((tests, prompts, model.eos_ids))
+        self.contents = {**contents, "the test problems": [zlib.crc32(text.encode())]}
+        layer_kl = getattr(model.hf_config, "layer_kl", None)
+        self.state = {"step": 0, "seconds": 0.0, "bad_steps": 0, "warned": []}
+        self.state |= {"pool": pool, "layer_kl": layer_kl}
         self.signal = 0  # the first one to this process that asked for the end
         self.last_save = time.monotonic()
         model.gradient_checkpointing = config.gradient_checkpointing
@@ -526,8 +524,11 @@ class Run:
         saved = self.open_folder()
         barrier()  # nobody writes before all have looked
         if saved is not None:
+            has_maps = "linear_maps.weight" in saved["weights"]
+            model.linear_maps = empty_maps(model) if has_maps else None
             model.load_state_dict(saved["weights"])
             self.state = saved["state"]
+            model.hf_config.layer_kl = self.state["layer_kl"]
         shard(model)
         self.optimizer = make_optimizer(model, weight_decay, beta2)
         if saved is not None:
@@ -549,13 +550,16 @@ class Run:
         """The checkpoint to go on from, if any. InputError: --out holds what would be lost."""
         paths = [path for name in (*SAVED, *STARTED) for path in self.out.glob(name)]
         if paths and not self.config.resume:
-            found = f"holds a run or a model ({paths[0].name})"
-            raise InputError(f"--out {self.out} {found}: --resume, or name another folder")
+            raise InputError(
+                f"--out {self.out} holds a run or a model ({paths[0].name}): --resume, or name "
+                "another folder"
+            )
         if (self.out / "trainer.pt").exists():
             return self.read_checkpoint()
         if any(path.name not in STARTED for path in paths):
-            found = "holds a model and no trainer.pt to resume"
-            raise InputError(f"--out {self.out} {found}; name another folder")
+            raise InputError(
+                f"--out {self.out} holds a model and no trainer.pt to resume; name another folder"
+            )
         if self.config.resume:
             print(f"nothing to resume in {self.out}: starting from the beginning")
         return None
@@ -568,8 +572,9 @@ class Run:
         with named_in_errors(file):
             saved = torch.load(file, map_location="cpu", weights_only=True)
             if saved["stage"] != self.stage:
-                stages = f"written by {saved['stage']}.py; {self.stage}.py cannot resume it"
-                raise InputError(f"{file}: {stages}")
+                raise InputError(
+                    f"{file}: written by {saved['stage']}.py; {self.stage}.py cannot resume it"
+                )
             # Flags that the run did not have yet take their defaults.
             earlier = asdict(type(self.config)(**{**saved["config"], **free}))
             contents, steps = saved["contents"], saved["steps"]
@@ -595,10 +600,10 @@ class Run:
         """Logs end where they did at the checkpoint, and are empty where there is none."""
         (self.out / "metrics.jsonl").touch()
         for log in self.logs():
-            size = sizes.get(log.name, 0)
-            if log.stat().st_size < size:
+            if log.stat().st_size < sizes.get(log.name, 0):
                 raise InputError(f"{log}: shorter than at the checkpoint; take another --out")
-            os.truncate(log, size)
+        for log in self.logs():
+            os.truncate(log, sizes.get(log.name, 0))
 
     def logs(self):
         """The logs that exist."""
@@ -799,9 +804,11 @@ def make_optimizer(model, weight_decay, beta2):
     vectors = {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, vectors], betas=(0.9, beta2), fused=True)
     for p in weights:  # also of layers that no step has trained yet, as --resume expects
-        step = torch.zeros((), device=p.device)
-        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = {"step": step, **moments}
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
     return optimizer
 
 
@@ -811,8 +818,7 @@ def lock(folder):
     try:
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        way_out = "in use by another run: name another folder"
-        raise InputError(f"--out {folder} is {way_out}") from error
+        raise InputError(f"--out {folder} is in use by another run: name another folder") from error
     except OSError:
         pass  # some network file systems can lock no folder
 

@@ -169,7 +169,7 @@ def test_an_outcome_has_its_reward():
     assert judge("so 18", "18", "gsm8k") == ("no_answer", None)
     outcomes = ("right", "wrong", "no_answer", "cut", "timeout")
     assert [reward_of(outcome) for outcome in outcomes] == [1, 0.1, 0, 0, 0]
-    assert score("#### 17", "18", "gsm8k", partial_reward=0.3) == 0.3
+    assert reward_of("wrong", 0.3) == 0.3
 
 
 @st.composite
