@@ -226,6 +226,17 @@ def test_a_resumed_run_has_the_same_maps_and_pool_to_the_bit(
     torch.testing.assert_close(*maps, rtol=0, atol=0)
 
 
+def test_a_run_without_maps_resumes_though_its_model_has_some(small_run, tmp_path, monkeypatch):
+    warm(tmp_path / "warm", model=str(small_run), layer_dropout=0.9, **LINEAR)
+    flags = {"skip_with": "identity", "skip_layers": "cheap", "skip_ratio": 0.25}
+    stop_in_step(2, "rl", tmp_path / "warm", tmp_path / "rl", **flags)
+    costs = read_json(tmp_path / "rl" / "config.json")["layer_kl"]
+    monkeypatch.delattr(model_file, "nested_kl")
+    train("rl", tmp_path / "warm", tmp_path / "rl", resume=True, **flags)
+    assert not (tmp_path / "rl" / "linear_maps.pt").exists()
+    assert read_json(tmp_path / "rl" / "config.json")["layer_kl"] == costs
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_so_many_processes_fit_and_sample_what_one_does(small_run, tmp_path, count):
     short_rl(small_run, tmp_path / "one", **LINEAR)
