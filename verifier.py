@@ -38,16 +38,18 @@ def verifier_step(run: Run, examples: list, lr: float) -> tuple[float, float]:
 
     examples: (token ids, label) pairs, label True where the completion is right.
     """
-    tokens, lengths, _ = collate([(ids, []) for ids, _ in examples], run.device)  # (N, T), (N,)
-    labels = torch.tensor([float(label) for _, label in examples], device=run.device)  # (N,)
+    rows_of_ids = [(ids, []) for ids, _ in examples]
+    tokens, lengths, _ = collate(rows_of_ids, run.device)  # (N, T), (N,)
+    is_right = [float(label) for _, label in examples]
+    labels = torch.tensor(is_right, device=run.device)  # (N,)
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
     for rows, T in micro_batches(lengths, run.config.micro_batch):
         hidden = run.model(tokens[rows, :T])  # (n, T, d)
         last = hidden[torch.arange(len(rows)), lengths[rows] - 1]  # (n, d)
         logits = run.model.values(last)  # (n,): of being right
         targets = labels[rows].to(logits.dtype)  # (n,)
-        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")  # (n,)
-        loss = losses.sum() / len(examples)  # of the whole step, as in `supervised_step`
+        loss_of_rows = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+        loss = loss_of_rows / len(examples)  # of the whole step, as in `supervised_step`
         loss.backward()
         loss_sum += loss.detach()
     return all_reduce(loss_sum).item(), run.update(lr, loss_sum)
@@ -67,7 +69,11 @@ def main(config: "Config") -> dict:
         lr = learning_rate(config, step, steps)
         loss, grad_norm = verifier_step(run, [examples[i] for i in chosen], lr)
         run.stop_clock()
-        numbers = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
+        numbers = {
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+        }
         if run.is_evaluation_due(step):
             numbers.update(run.evaluate())
         run.record(numbers)
@@ -84,9 +90,13 @@ class VerifierRun(Run):
         """Accuracy on the held-out completions, and that of always guessing the commoner label."""
         rows, labels = zip(*self.tests, strict=True)
         scores = verifier_scores(self.model, rows)
-        hits = sum((score > 0) == label for score, label in zip(scores, labels, strict=True))
+        pairs = zip(scores, labels, strict=True)
+        hits = sum((score > 0) == label for score, label in pairs)
         share = sum(labels) / len(labels)
-        result = {"accuracy": hits / len(labels), "guessing": max(share, 1 - share)}
+        result = {
+            "accuracy": hits / len(labels),
+            "guessing": max(share, 1 - share),
+        }
         if out is not None and rank() == 0:
             write_json(out / "evaluation.json", result)
         return result

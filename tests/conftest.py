@@ -1,14 +1,4 @@
-"""What the tests share. Read them in this order:
-
-1. test_equations.py      PPO and the sampler once more, by hand and naively; beside rl.py
-2. test_corrections.py    the theorem: every completion of small problems is enumerated
-3. test_rollout.py        the picture at the top of rollout.py, and what the sampler promises
-4. test_model.py          the decoder against Hugging Face's, layer skipping, the cache
-5. test_grammar.py        what counts as an answer; test_sandbox.py: what a program may not do
-6. test_rl.py             runs of both stages, and what breaks silently; with test_warmup.py
-7. all others             evaluation, flags, resuming and signals, several processes
-tools/ has what is started by hand: speed, endurance, mutations of single lines, studies.
-"""
+"""What the tests share; tests/README.md says in which order to read them."""
 
 import os
 import subprocess
