@@ -346,7 +346,10 @@ class Flags:
     kl_coef: float | None = flag(None, "beta of eq. (4) (toy and programs: 0.01, else 0.05)", low=0)
     gamma: float = flag(1.0, "discount of eqs. (5) and (6)", low=0, high=1)
     lam: float = flag(
-        1.0, "GAE decay of eq. (6); ReFT's 0.95 fails on long completions", low=0, high=1
+        1.0,
+        "GAE decay of eq. (6), 1 for group; ReFT's 0.95 fails on long completions",
+        low=0,
+        high=1,
     )
     clip: float = flag(0.2, "epsilon of eqs. (9) and (10)", low=1e-9)
     value_coef: float | None = flag(None, "alpha of eq. (11) (toy: 0.1, else 5)", low=0)
