@@ -15,7 +15,7 @@ it.
     values = decoder.values(hidden)     (..., d) -> (...)      V_phi: one linear layer on top
 
 There is no dropout anywhere: with it, pi_theta / pi_old would not be 1 at the first update.
-The papers end at the first rule; below it: linear maps, Hugging Face, several processes, files.
+The papers end at the first "# ----"; below: linear maps, Hugging Face, several processes, files.
 """
 
 import contextlib
@@ -408,7 +408,7 @@ def is_measured(model, skip_with):
 
 
 def measure_layers(model: Decoder, pairs: Pairs, skip_with: str):
-    """Set `hf_config.layer_kl`: KL(mu || pi) per token without each single layer.
+    """Set `hf_config.layer_kl`: for each layer, KL(mu || pi) per token where only it is skipped.
 
     With skip_with "linear" the maps are fitted to all pairs first, and measured with. The KL is the
     mean over the first MEASURED pairs: in-sample, it serves to order the layers. A checkpoint
@@ -425,7 +425,7 @@ def skip_pool(model: "Decoder", count: int, skip_layers: str) -> list[int]:
     """The layers among which eq. (2) draws the `count` that mu leaves out.
 
     skip_layers "inner": all but the first and the last. "cheap", ours: twice as many layers as
-    are left out, those whose loss costs least (see `measure_layers`). "3,5,7": these layers;
+    are left out, those without which KL is least (see `measure_layers`). "3,5,7": these layers;
     InputError where one is no inner layer.
     """
     inner = list(range(1, len(model.layers) - 1))

@@ -8,16 +8,17 @@ Departures from ReFT, the paper (its code in brackets):
   writes the full KL.
 - Losses: the mean over the tokens of an optimizer step (the code: the mean of sequence means).
 - The learning rate rises over 10 updates and falls linearly to lr / steps (paper: constant).
-- lam is 1. With lam .95 and a critic that knows nothing, A_t = lam^(L-t) r: long right completions
-  are pushed down at their start, and PPO ends in short wrong ones.
+- lam is 1. With lam .95 and a critic that knows nothing, A_t = lam^(L-t) r (L: the last action):
+  long right completions are pushed down at their start, and PPO ends in short wrong ones.
 - A completion cut at --max-new-tokens earns 0 (the code pays it), and no bootstrapped value.
 - With all layers at work, too, weights and traces are computed: they correct the rounding between
   sampling and training, and are 1 up to that (`--correction none` leaves them out).
 - A program is sampled whole (the code gives its head, and the question as its docstring).
 - gamma and lam in the usual sense of Schulman et al. The paper calls the reward discount lambda = 1
   and the TD discount gamma = 0.95; its code has gamma = 1, lam = 0.95.
-Of Nested-ReFT we could read the abstract and the introduction only, and no code is public. The five
-corrections and their names are ours; which is which of the paper's three is open.
+Of Nested-ReFT we could read the abstract and the introduction only, and no code is public. Ours are
+the five corrections and their names (which of the paper's three each one is, is open) and, for all
+but toy tasks, two defaults: --skip-layers cheap and --skip-with linear.
 """
 
 import copy
@@ -66,7 +67,7 @@ TOY = {
     "lr": 1e-4,
     "kl_coef": 0.01,
     "value_coef": 0.1,
-    "correction": "prefix",  # unbiased; its variance grows with the length
+    "correction": "prefix",  # exact in theory (see the README); variance grows with length
 }
 # ReFT, section 4.3 and appendix B, and exps/paper_exps of github.com/lqtrung1998/mwp_ReFT; kl_coef
 # of programs is .01. Ours: steps (the paper's 300 epochs are 300 x problems / 32) and correction.
@@ -76,7 +77,7 @@ PRETRAINED = {
     "minibatch": 32,
     "lr": 3e-7,
     "kl_coef": 0.05,
-    "value_coef": 5.0,  # before the 1/2 of eq. (10)
+    "value_coef": 5.0,  # the 1/2 of eq. (10) comes on top
     "correction": "truncated",  # bounded variance, for long completions
 }
 LR_RAMP = 10  # updates over which the learning rate rises
@@ -158,7 +159,8 @@ def value_loss(values, values_old, returns, mask, clip, tokens) -> Tensor:
 def learning_rate(config: "Config", step: int, update: int) -> float:
     """The rate of an update: it rises over LR_RAMP updates, then falls linearly with the steps.
 
-    update: of the run, where batches have --rollout-batch rows. The last step has lr / steps.
+    update: its number in the run, from 1, as if all batches had --rollout-batch rows. The last step
+    has lr / steps.
     """
     rise = min(1, update / LR_RAMP)
     fall = 1 - (step - 1) / config.steps
@@ -178,7 +180,8 @@ class Batch(NamedTuple):
 
 def ppo_update(run: Run, rollout: Rollout, batch: Batch, updates: Iterable) -> dict[str, float]:
     """Step 6 of main: an optimizer step for each (rows, learning rate); means over the tokens."""
-    config, sums, total, grad_norms = run.config, np.zeros(3), 0, []
+    config, grad_norms = run.config, []
+    sums, total = np.zeros(3), 0  # of policy loss, value loss and clipped tokens; of all tokens
     for rows, lr in updates:
         tokens = int(batch.mask[rows].sum())  # of the whole step: micro-batches change no gradient
         loss_sum = torch.zeros((), device=run.device)
@@ -194,7 +197,6 @@ def ppo_update(run: Run, rollout: Rollout, batch: Batch, updates: Iterable) -> d
             loss_sum += loss.detach()
             # A > 0 and ratio > 1 + eps, or A < 0 and ratio < 1 - eps: eq. (9) has no gradient.
             is_clipped = ((ratio - 1) * mb.advantages.sign() > config.clip) & mb.mask  # (n, T-1)
-            # of policy loss, value loss and clipped tokens
             sums += (pg_loss.item() * tokens, v_loss.item() * tokens, is_clipped.sum().item())
         total += tokens
         grad_norms.append(run.update(lr, loss_sum))
@@ -223,15 +225,15 @@ def main(config: "Config") -> dict:
     model.value_head.requires_grad_(config.value_coef > 0)
     contents = fingerprint(problems, [prompts, annotated], reference)
     run = Run("rl", config, model, contents, config.steps, pool=pool)
+    pool = run.state["pool"]  # on --resume that of the checkpoint: measures differ by rounding
     freeze(reference)  # after the fingerprint, which is of fp32 weights
 
     for step in run.steps():
         # 1. problems, and a new skip mask for every batch; rng seeds all else that is random
-        rng = np.random.default_rng((config.seed, 1, step))
+        rng = np.random.default_rng((config.seed, 1, step))  # 1: of a step; 0: of `batch_indices`
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))  # mask, minibatches
         chosen = batch_indices(config.seed, step, questions, len(problems))
         batch_problems = [problems[i] for i in chosen]
-        pool = run.state["pool"]  # on --resume that of the checkpoint: measures differ by rounding
         skip = sample_skip(len(model.layers), config.skip_ratio, generator, pool)  # eq. (2)
 
         # 2. completions from the nested behavior model mu
@@ -477,7 +479,7 @@ def self_training_update(run, examples, updates):
     numbers = [
         supervised_step(run, [examples[n] for n in rows.tolist()], lr)
         for rows, lr in updates
-        if len(rows)
+        if len(rows)  # without examples there is one empty part
     ]  # (loss, norm of its gradient) of each update
     loss, grad_norm = np.mean(numbers or [(0.0, 0.0)], axis=0).tolist()
     return {"policy_loss": loss, "grad_norm": grad_norm}
@@ -503,10 +505,10 @@ def completion_stats(rollout, grades, reward, samples):
 
 
 def mismatch(logp_old, logp_behav, mask):
-    """Estimates, from the samples of mu, of how far it is from pi_old; rho is not capped.
+    """Estimates on mu's samples: how far mu is from pi_old, and the entropy of pi_old.
 
-    ess_tokens, the effective sample size (E rho)^2 / E rho^2, is that of single tokens: the weights
-    of `prefix` are products of rho and spread more.
+    rho is not capped. ess_tokens, the effective sample size (E rho)^2 / E rho^2, is that of single
+    tokens: the weights of `prefix` are products of rho and spread more.
     """
     log_rho = (logp_old - logp_behav)[mask].double()  # (tokens,)
     rho = log_rho.exp()  # (tokens,)

@@ -149,9 +149,9 @@ class Sampler:
 
     Row n is sample n % num_samples of prompt n // num_samples.
 
-    There is one row more than N: idle slots point at it. There is one column more than T, here the
-    longest prompt and max_new_tokens: a row that has ended goes on writing behind its end, in
-    column T at most, until it is retired.
+    There is one row more than N: idle slots point at it. T is that of the longest prompt and
+    max_new_tokens, and there is one column more: a row that has ended goes on writing behind its
+    end, in column T at most, until it is retired.
     """
 
     def __init__(
@@ -378,13 +378,13 @@ def fitting(rows: list[list[int]], model: Decoder, new_tokens: int, is_training:
     vocab = model.config.vocab_size
     kept = [n for n, row in enumerate(rows) if len(row) <= context and max(row) < vocab]
     if len(kept) < len(rows):
-        problem = (
+        fault = (
             f"{len(rows) - len(kept)} of {len(rows)} problems exceed the {context} tokens that the "
             f"model's context and --max-new-tokens leave, or its embedding"
         )
         if not kept or not is_training:
-            raise InputError(problem)
-        print(f"left out: {problem}")
+            raise InputError(fault)
+        print(f"left out: {fault}")
     return kept
 
 
@@ -418,14 +418,14 @@ def grade(
     answers, outcomes = [], []
     for n, text in enumerate(texts):
         problem = problems[n // num_samples]
-        gold = problem.answer, config.task, problem.options
+        expected = problem.answer, config.task, problem.options
         outcome, answer = "cut", None
         if is_finished[n] and config.engine == "nl":
-            outcome, answer = judge(text, *gold)
+            outcome, answer = judge(text, *expected)
         elif is_finished[n]:
             outcome, answer = next(results)  # "ok", or what went wrong
             if outcome == "ok":
-                outcome = judge_result(answer, *gold)
+                outcome = judge_result(answer, *expected)
         answers.append(answer)
         outcomes.append(outcome)
     return Grades(texts, answers, outcomes)
@@ -446,7 +446,7 @@ def completion_texts(rollout, model):
 
 
 class Help(str):
-    """A line of --help; `low` and `high` are the range of its number."""
+    """A line of --help that carries the range of its number: argparse takes no other metadata."""
 
 
 def flag(default, text: str, low: float = -inf, high: float = inf):
@@ -507,7 +507,10 @@ class SharedConfig:
             self.inherit(self.model)
 
     def inherit(self, source):
-        """Flags that were not given are those of the run that made `source`."""
+        """Flags that were not given: those of the run that made `source`, else defaults.
+
+        Then sets the threads, and refuses programs where they cannot be held back.
+        """
         trained = {}
         if source is not None:
             check_checkpoint(source)

@@ -143,7 +143,7 @@ class Flags:
 
 @dataclass
 class Config(TrainConfig, Flags):
-    """All flags of verifier.py."""
+    """All flags of verifier.py; those of sampling, skipping and test problems do nothing here."""
 
     def __post_init__(self):
         if self.data is None:  # asked here, before that of the warm-up is inherited

@@ -112,14 +112,14 @@ def supervised_step(
     examples: (prompt, completion) pairs of token ids. skip: (num_layers,) bool, or None.
     """
     tokens, lengths, action_mask = collate(examples, run.device)  # (N, T), (N,), (N, T-1)
-    actions = int(action_mask.sum())  # of the whole step: the micro-batch size changes no gradient
+    count = int(action_mask.sum())  # of the whole step: the micro-batch size changes no gradient
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
     for rows, T in micro_batches(lengths, run.config.micro_batch):
         mask = action_mask[rows, : T - 1]  # (n, T-1)
         hidden = run.model(tokens[rows, :T], skip)[:, :-1][mask]  # (actions of these rows, d)
         logits = run.model.logits(hidden)  # (actions, vocab): completion positions only
         logp = token_logp(logits, tokens[rows, 1:T][mask])  # (actions,)
-        loss = -logp.sum() / actions  # eq. (1)
+        loss = -logp.sum() / count  # eq. (1)
         loss.backward()
         loss_sum += loss.detach()
     return all_reduce(loss_sum).item(), run.update(lr, loss_sum)
@@ -164,6 +164,7 @@ def main(config: "Config") -> dict:
     steps = config.steps or max(1, round(config.epochs * len(problems) / config.batch))
     contents = fingerprint(problems, examples, model if config.model else None)
     run = Run("warmup", config, model, contents, steps, config.weight_decay, config.beta2, pool)
+    pool = run.state["pool"]  # on --resume that of the checkpoint
 
     for step in run.steps():
         # 2. a batch, and for a share of the batches a skip mask
@@ -171,7 +172,6 @@ def main(config: "Config") -> dict:
         skip = None
         if rng.random() < config.layer_dropout:
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            pool = run.state["pool"]  # on --resume that of the checkpoint
             skip = sample_skip(num_layers, config.skip_ratio, generator, pool)  # eq. (2)
         chosen = batch_indices(config.seed, step, config.batch, len(examples))
         batch = [examples[i] for i in chosen]
@@ -391,12 +391,12 @@ def nested_pool(model: Decoder, config: TrainConfig, get_pairs: Callable) -> lis
     count = round(config.skip_ratio * num_layers)
     is_cheap = config.skip_layers == "cheap"
     allowed = None if is_cheap else skip_pool(model, count, config.skip_layers)
-    sample_skip(num_layers, config.skip_ratio, pool=allowed)  # refused now, and not in the loop
+    sample_skip(num_layers, config.skip_ratio, pool=allowed)  # for its InputError: now, not later
     if config.resume and Path(config.out, "trainer.pt").exists():
         return []  # `Run` takes pool, costs and maps from there
     is_kept = config.skip_ratio > 0 and is_measured(model, config.skip_with)
     if not is_kept:
-        # of other weights soon, or of the other kind of skipping
+        # stale: the weights are about to change, or these are of the other kind of skipping
         model.linear_maps = model.hf_config.layer_kl = None
         if config.skip_ratio > 0 and (is_cheap or config.skip_with == "linear"):
             measure_layers(model, get_pairs(), config.skip_with)
@@ -686,9 +686,9 @@ class Run:
         return evaluate(self.model, self.tests, self.config, out=out)
 
     def record(self, numbers: dict, texts: Iterable[str] = (), warnings: Iterable = ()):
-        """A line of metrics.jsonl and of the bar; texts: for samples.txt, every fifth step.
+        """A line of metrics.jsonl and of the bar; texts: for samples.txt, at steps 1, 6, ...
 
-        warnings: (name, text), each name is printed once in a run.
+        warnings: (name, text) pairs; of each name the first text of a run is printed.
         """
         state = self.state
         state["step"] += 1
@@ -730,9 +730,8 @@ class Run:
     def save(self):
         """Write all files beside the old ones, then move them into their places.
 
-        Each is whole, old or new. trainer.pt holds all that a resumed run needs; it is renamed
-        last, so that it never goes before its weights. Only in the first save it is renamed first:
-        a kill then leaves something to resume.
+        Each is whole, old or new. trainer.pt alone holds all that a resumed run needs. It is
+        renamed last; in the first save first: a kill then leaves something to resume.
         """
         # On the first process, whole; the others hold nothing.
         weights, moments = get_state_dict(self.model, self.optimizer, options=UNSHARDED)
