@@ -530,7 +530,7 @@ class SharedConfig:
             # Refused here, where programs cannot be held back, and not after an hour of training.
             execute(["def solution(): return 1"], self.unsafe_exec)
         if self.task in TOY_STEPS and "OMP_NUM_THREADS" not in os.environ:
-            # Two threads gain a small model little, and on a busy CPU they wait for each other.
+            # Two threads save a small model a quarter, and beside a busy process cost 86 times.
             torch.set_num_threads(1)
 
     def fill_in(self, defaults):
