@@ -2,7 +2,7 @@
 
     python evaluate.py runs/warmup runs/rl --samples 8
     python evaluate.py runs/warmup --samples 8 --rerank runs/verifier
-    python evaluate.py runs/warmup --samples 8 --limit 1000 --keep-correct right.jsonl
+    python evaluate.py runs/w --samples 8 --limit 1000 --keep-correct right.jsonl
 
 Samples are drawn at temperature 1. maj@k votes on the answers, in one spelling, of disjoint blocks
 of k samples; completions without an answer do not vote, and the first of equals wins. rerank@k
@@ -33,7 +33,7 @@ from model import (
     world_size,
     write_json,
 )
-from reward import InputError, Problem, make_target
+from reward import HUB, InputError, Problem, make_target, to_problem
 from rollout import (
     MAX_SEED,
     OUTCOMES,
@@ -185,9 +185,10 @@ def rerank_scores(verifier, prompts, grades):
 def verifier_scores(verifier: Decoder, rows: list) -> list[float]:
     """The logit of being right, V_phi at the last token, of each row of token ids."""
     scores = []
+    limit = min(READ_TOKENS, verifier.config.max_positions)
     with unsharded(verifier), verifier.mixed_precision():  # keeps the bf16 copies of the weights
         for row in rows[rank() :: world_size()]:
-            tokens = torch.tensor([row[:READ_TOKENS]], device=verifier.device)
+            tokens = torch.tensor([row[:limit]], device=verifier.device)
             last = verifier(tokens)[0, -1]  # (d,)
             scores.append(verifier.values(last).item())
     parts = all_gather(scores)  # each process has read every n-th row
@@ -253,15 +254,25 @@ def main(config: Config) -> list[dict]:
         raise InputError("two of the runs would write to the same folder; take them by turns")
     for folder in folders:
         make_folder(folder)
-    verifier = load(config.rerank, config.device, config.dtype) if config.rerank else None
+    verifier, verifier_config = None, replace(config)
+    if config.rerank:
+        verifier_config.inherit(config.rerank)
+        verifier = load(config.rerank, config.device, config.dtype)
     if verifier and not verifier.value_head.weight.any():
         raise InputError(f"--rerank {config.rerank}: no run of verifier.py, its V is 0")
+    splits = [load_split(run_config, "test") for run_config in configs]
     rows = []
-    for run, run_config, folder in zip(config.runs, configs, folders, strict=True):
-        problems = load_split(run_config, "test")
+    for run, run_config, folder, problems in zip(
+        config.runs, configs, folders, splits, strict=True
+    ):
         model = load(run, config.device, config.dtype)
         if verifier and verifier.tokenizer.get_vocab() != model.tokenizer.get_vocab():
             raise InputError(f"--rerank {config.rerank}: its tokens are not those of {run}")
+        first = problems[:1]
+        if verifier and encode_prompts(first, verifier, verifier_config) != encode_prompts(
+            first, model, run_config
+        ):
+            raise InputError(f"--rerank {config.rerank}: its prompts are not those of {run}")
         result = evaluate(
             model, problems, run_config, config.samples, config.seed, folder, verifier
         )
@@ -286,13 +297,13 @@ def keep_correct(model: Decoder, config: Config) -> dict[str, int]:
     different completion, and its label.
     """
     file = Path(config.keep_correct)
-    if config.data and Path(config.data).resolve() == file.resolve():
-        raise InputError(f"--keep-correct is {file}, it must be another file than --data")
+    if file.is_dir() or (config.data and Path(config.data).resolve() == file.resolve()):
+        raise InputError(f"--keep-correct is {file}, it must be a file, and another than --data")
     problems = load_split(config, "train")
     prompts = encode_prompts(problems, model, config)
     kept = fitting(prompts, model, config.max_new_tokens, is_training=True)
     seeds = prompt_seeds(config.seed, len(problems))
-    size = max(1, config.max_rows // config.samples)
+    size = max(1, world_size() * config.max_rows // config.samples)
     counts = Counter()
     new = make_folder(file.parent) / f".{file.name}.new"
     with open(new if rank() == 0 else os.devnull, "w", encoding="utf-8") as lines:
@@ -319,12 +330,7 @@ def keep_correct(model: Decoder, config: Config) -> dict[str, int]:
                 texts = kept_texts(problems[i], outcomes, config)
                 counts["kept"] += len(texts)
                 for text in texts:
-                    row = {
-                        "item_id": f"{config.task}_{i}",
-                        "question": problems[i].question,
-                        "answer_cot": text,
-                        "answer_value": problems[i].answer,
-                    }
+                    row = {"item_id": f"{config.task}_{i}", **row_of(problems[i], text)}
                     if config.labels:
                         row["label"] = int(outcomes[text] == "right")
                     lines.write(json.dumps(row) + "\n")
@@ -346,13 +352,32 @@ def kept_texts(problem, outcomes, config):
     whole = [
         text
         for text, outcome in outcomes.items()
-        if outcome == "right" and make_target(replace(problem, cot=text), config.engine) == text
+        if outcome == "right" and is_learned(problem, text, config)
     ]
     kept = whole[: config.kept_samples]  # samples come in random order
     annotated = make_target(problem, config.engine)
     if problem.cot and annotated not in kept:
         kept.append(annotated)
     return kept
+
+
+def row_of(problem, text):
+    """A training problem of ReFT's data."""
+    return {
+        "question": problem.question,
+        "answer_cot": text,
+        "answer_value": problem.answer,
+    }
+
+
+def is_learned(problem, text, config):
+    """Whether warm-up learns this text as it stands, from a row of it."""
+    task = config.task if config.task in HUB else "gsm8k"  # toy tasks have no rows of their own
+    try:
+        again = to_problem(row_of(problem, text), task, "train", config.engine, "")
+    except InputError:
+        return False
+    return make_target(again, config.engine) == text
 
 
 # ---- tables, figures, folders --------------------------------------------------------------------
@@ -391,6 +416,8 @@ def draw_curves(run, names):
 
     records = read_metrics(run)
     names = [name for name in names if any(r.get(name) is not None for r in records)]
+    if not names:
+        return
     rows = math.ceil(len(names) / 3)
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
     for place, name in enumerate(names, 1):

@@ -18,6 +18,7 @@ import argparse
 import os
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from math import inf
@@ -445,6 +446,27 @@ def completion_texts(rollout, model):
 # ---- flags and scripts ---------------------------------------------------------------------------
 
 
+class Terminal:
+    """A stream whose reader may leave: `| tee` ends at the Ctrl-C that asks a run to save."""
+
+    def __init__(self, stream):
+        stream.reconfigure(errors="replace")  # characters that the terminal does not have
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        """Write, if somebody reads."""
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        """Flush, if somebody reads."""
+        with suppress(OSError):
+            self.stream.flush()
+
+
 class Help(str):
     """A line of --help that carries the range of its number: argparse takes no other metadata."""
 
@@ -570,8 +592,7 @@ def run_script(main, config_class, parser=None):
 
     Exit code 2: bad input, no memory, a failed save. 1: bad numbers, other errors of files.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # characters that the terminal does not have
+    sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
     parser = parser or new_parser(config_class)
     parser.error = lambda message: parser.exit(2, f"error: {message}; --help lists the flags\n")
     try:

@@ -59,6 +59,8 @@ def main(config: "Config") -> dict:
     """Train, evaluate on completions of held-out questions, save."""
     model = load(config.model, config.device, config.dtype)
     model.linear_maps = model.hf_config.layer_kl = None  # it never skips
+    for parameter in model.value_head.parameters():
+        torch.nn.init.zeros_(parameter)  # --model may be a run with a critic
     examples, held_out = labelled_examples(config, model)
     check_batch("--batch", config.batch, examples)
     steps = config.steps or max(1, round(config.epochs * len(examples) / config.batch))
@@ -115,6 +117,7 @@ def labelled_examples(config, model):
         raise InputError(f"--data {config.data}: it needs right completions and wrong ones")
     prompts = encode_prompts(problems, model, config)
     completions = model.encode([problem.cot for problem in problems])
+    limit = min(READ_TOKENS, model.config.max_positions)
     questions = list(dict.fromkeys(problem.question for problem in problems))  # in order, once
     count = max(1, len(questions) // 10)
     last_tenth = set(questions[-count:])
@@ -123,7 +126,7 @@ def labelled_examples(config, model):
         problems, prompts, completions, labels, strict=True
     ):
         part = held_out if problem.question in last_tenth else examples
-        part.append(((prompt + completion)[:READ_TOKENS], label))
+        part.append(((prompt + completion)[:limit], label))
     return examples, held_out
 
 

@@ -784,6 +784,8 @@ class Run:
             if not self.stop_signal():
                 print(f"checkpoint: {self.out}    next: {next_command}")
                 result = self.evaluate(self.out)
+                print(f"trained for {self.state['seconds']:.0f} s")
+                print_table([result])
                 if rank() == 0:
                     draw_curves(self.out, curves)
             if number := self.stop_signal():
@@ -791,8 +793,6 @@ class Run:
                 sys.exit(128 + number)
         finally:
             self.release_signals()
-        print(f"trained for {self.state['seconds']:.0f} s")
-        print_table([result])
         return result
 
 

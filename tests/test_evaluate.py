@@ -12,7 +12,7 @@ import evaluate
 import warmup
 from evaluate import majority_is_right, pass_at_k, print_table, wilson
 from model import load
-from reward import InputError, load_problems, make_prompt, make_target
+from reward import ANSWER_LINE, InputError, load_problems, make_prompt, make_target
 from rollout import Grades, grade
 
 # ---- the estimators ------------------------------------------------------------------------------
@@ -171,6 +171,12 @@ def test_half_a_line_at_the_end_of_a_log_is_not_read(tmp_path):
     assert evaluate.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
+def test_a_run_without_numbers_has_no_figure(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n')
+    evaluate.draw_curves(tmp_path, ("loss", "greedy_accuracy"))
+    assert not (tmp_path / "curves.png").exists()
+
+
 # ---- offline self-training -----------------------------------------------------------------------
 
 
@@ -200,14 +206,17 @@ def test_right_completions_are_kept_once_and_warm_up_trains_on_exactly_them(
         for problem in batch:
             target, other = right(problem)
             no_target = f"#### {problem.answer}" if engine == "nl" else other
-            texts += [target, target, other, no_target, "9"]
-        return Grades(texts, [], [*["right"] * 4, "wrong"] * len(batch))
+            no_row = f"{ANSWER_LINE}{problem.answer}"  # a file would lose its first line
+            if engine == "python":
+                no_row = f"def solution ():\n    return {problem.answer}"
+            texts += [target, target, other, no_target, no_row, "9"]
+        return Grades(texts, [], [*["right"] * 5, "wrong"] * len(batch))
 
     file = tmp_path / "new" / "kept.jsonl"
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "grade", graded)
-        counts = keep(toy_run, file, engine=engine, samples=5)
-    assert counts == {"sampled": 35, "right": 28, "kept": 14}
+        counts = keep(toy_run, file, engine=engine, samples=6)
+    assert counts == {"sampled": 42, "right": 35, "kept": 14}
     assert [path.name for path in file.parent.iterdir()] == ["kept.jsonl"]
     kept = [(problem, text) for problem in problems for text in right(problem)]
     assert [json.loads(line) for line in file.read_text().splitlines()] == [
@@ -279,6 +288,7 @@ def test_of_each_problem_so_many_samples_and_the_annotated_one_are_kept_in_a_fil
         {"samples": 0},
         {"runs": ("a", "b")},
         {"data": "./x.jsonl"},
+        {"keep_correct": "."},
     ],
 )
 def test_keep_correct_takes_one_run_some_samples_and_another_file_than_data(flags):

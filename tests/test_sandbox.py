@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -407,12 +408,14 @@ return 42
 """,
     "deeper recursion": """
 import sys
+import threading
 sys.setrecursionlimit(10**9)
 def f(n): return 1 + f(n + 1) if n < 10**8 else 42
 return f(0)
 """,
     "recursion in C": """
 import sys
+import threading
 sys.setrecursionlimit(10**9)
 x = []
 for _ in range(10**6): x = [x]
@@ -422,6 +425,7 @@ return 42
     "huge integer": "return 10**10**8",
     "huge integer as text": """
 import sys
+import threading
 sys.set_int_max_str_digits(0)
 return len(str(7**10**7)) and 42
 """,
@@ -650,6 +654,7 @@ return int(os.environ.get('GOLD') or getenv(b'GOLD') or 0)
 
 SCRIPT = """
 import sys
+import threading
 sys.path.insert(0, {root!r})
 import sandbox
 print(sandbox.run_programs(["def solution(): return 18"] * 5))
@@ -687,6 +692,16 @@ def test_dead_servers_are_replaced(new_servers):
             server.process.kill()
             server.process.wait()
     assert run_programs([HONEST] * 4) == ["44"] * 4
+
+
+def test_a_sigterm_to_the_whole_job_fails_no_program(new_servers):
+    assert run_programs([HONEST]) == ["44"]
+    servers = [server for idle in sandbox.IDLE.values() for server in idle]
+    timers = [threading.Timer(0.3, server.process.terminate) for server in servers]
+    for timer in timers:
+        timer.start()
+    assert run_programs([body("import time\ntime.sleep(1)\nreturn 42")]) == ["42"]
+    assert timers and all(server.process.poll() is None for server in servers)
 
 
 def test_server_that_dies_at_work(new_servers, monkeypatch):

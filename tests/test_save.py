@@ -139,3 +139,16 @@ def test_without_save_every_no_checkpoint_is_older_than_half_an_hour(
     monkeypatch.setattr(warmup.Run, "save", noted_save)
     reinforce(small_run, tmp_path, steps=7)
     assert saves == [3, 6, 7]
+
+
+def test_a_figure_that_cannot_be_written_takes_no_numbers_with_it(
+    small_run, tmp_path, monkeypatch, capsys
+):
+    def full(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(warmup, "draw_curves", full)
+    with pytest.raises(OSError, match="disk"):
+        reinforce(small_run, tmp_path / "out")
+    assert "greedy accuracy" in capsys.readouterr().out
+    assert (tmp_path / "out" / "evaluation.json").exists()

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 
@@ -94,6 +95,30 @@ def test_a_signal_in_a_step_ends_the_run_behind_it(small_run, tmp_path, monkeypa
     assert stopped.value.code == 143
     assert saved_step(tmp_path) == len(read_metrics(tmp_path)) == 2
     assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_a_reader_that_leaves_does_not_end_a_run():
+    code = """
+import sys, time
+from tqdm import tqdm
+from evaluate import ParsedFlags
+from rollout import run_script
+
+def main(config):
+    for _ in tqdm(range(3), mininterval=0):
+        time.sleep(0.3)
+        print("step", flush=True)
+    sys.exit(130)
+
+run_script(main, ParsedFlags)
+"""
+    command = [sys.executable, "-c", code]
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    run = subprocess.Popen(command, env=buffered, **pipes)
+    run.stdout.read(1)
+    run.stdout.close()
+    assert run.wait(60) == 130
 
 
 @STAGES

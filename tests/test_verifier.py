@@ -70,8 +70,12 @@ def test_rerank_takes_the_best_of_each_block_and_the_first_of_equals():
 
 
 @torch.no_grad()
-def test_the_score_is_the_value_of_the_last_token_that_is_read(judge, monkeypatch):
-    monkeypatch.setattr(evaluate, "READ_TOKENS", 5)
+@pytest.mark.parametrize("bound", ["tokens", "context"])
+def test_the_score_is_the_value_of_the_last_token_that_is_read(judge, monkeypatch, bound):
+    if bound == "tokens":
+        monkeypatch.setattr(evaluate, "READ_TOKENS", 5)
+    else:
+        judge.config.max_positions = 5
     rows = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14]]
     expected = [judge.values(judge(torch.tensor([row[:5]])))[0, -1].item() for row in rows]
     assert evaluate.verifier_scores(judge, rows) == expected
@@ -97,7 +101,7 @@ def test_equal_texts_are_read_once_and_those_without_an_answer_never_win(judge, 
     assert scores[4] == real(judge, [row])[0]
 
 
-def test_evaluate_prints_rerank_beside_the_others_and_refuses_other_tokens(
+def test_evaluate_prints_rerank_beside_the_others_and_refuses_other_tokens_and_prompts(
     small_run, labelled, tmp_path, capsys
 ):
     train(small_run, labelled, tmp_path / "verifier")
@@ -107,7 +111,24 @@ def test_evaluate_prints_rerank_beside_the_others_and_refuses_other_tokens(
     assert {"maj@2", "pass@2", "rerank@2"} <= {*result}
     assert "rerank@2" in capsys.readouterr().out
     file = tmp_path / "verifier" / "tokenizer.json"
-    file.write_text(file.read_text().replace('"<eos>"', '"<end>"'))
+    text = file.read_text()
+    eos, sequence = {"SpecialToken": {"id": "<eos>", "type_id": 0}}, {"id": "A", "type_id": 0}
+    file.write_text(
+        json.dumps(
+            json.loads(text)
+            | {
+                "post_processor": {
+                    "type": "TemplateProcessing",
+                    "single": [eos, {"Sequence": sequence}],
+                    "pair": [eos, {"Sequence": sequence}, {"Sequence": sequence | {"id": "B"}}],
+                    "special_tokens": {"<eos>": {"id": "<eos>", "ids": [1], "tokens": ["<eos>"]}},
+                }
+            }
+        )
+    )
+    with pytest.raises(InputError, match="its prompts are not those of"):
+        evaluate.main(config)
+    file.write_text(text.replace('"<eos>"', '"<end>"'))
     with pytest.raises(InputError, match="its tokens are not those of"):
         evaluate.main(config)
 
@@ -139,6 +160,9 @@ def test_the_last_tenth_of_the_questions_is_held_out_and_rows_are_cut(small_run,
         patch.setattr(verifier, "READ_TOKENS", 3)
         short, _ = verifier.labelled_examples(config, model)
     assert [ids for ids, _ in short] == [ids[:3] for ids, _ in examples]
+    model.config.max_positions = 4
+    short, _ = verifier.labelled_examples(config, model)
+    assert [ids for ids, _ in short] == [ids[:4] for ids, _ in examples]
 
 
 BAD_ROWS = {"label": "right completions and wrong ones", "lable": "KeyError: 'label'"}
@@ -184,6 +208,15 @@ def test_a_step_is_that_of_the_binary_cross_entropy_whatever_the_micro_batch(jud
         for name, parameter in judge.named_parameters():
             if name in gradients:
                 torch.testing.assert_close(parameter.grad, gradients[name], rtol=0, atol=1e-12)
+
+
+def test_a_critic_of_the_model_is_forgotten(small_run, labelled, tmp_path):
+    model = load(small_run, None, None)
+    nn.init.ones_(model.value_head.weight)
+    model.save_pretrained(tmp_path / "critic")
+    train(tmp_path / "critic", labelled, tmp_path / "out", task="toy", steps=1, lr=0.0)
+    head = load(tmp_path / "out", None, None).value_head
+    assert not head.weight.any() and not head.bias.any()
 
 
 def test_it_learns_which_of_two_completions_is_right(toy_run, tmp_path):
