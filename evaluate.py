@@ -17,7 +17,9 @@ import math
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,12 +59,12 @@ def evaluate(
     samples: int = 0,
     seed: int = 0,
     out: Path | None = None,
-    verifier: Decoder | None = None,
+    rerank: Callable | None = None,
 ) -> dict:
     """Greedy accuracy, and maj@k and pass@k from `samples` completions a problem.
 
     out: the folder for evaluation.json and, with a line a completion, evaluation.jsonl.
-    verifier: a run of verifier.py, whose scores give rerank@k.
+    rerank: gives the scores of rerank@k, from problems and grades; see `rerank_scores`.
     """
     prompts = encode_prompts(problems, model, config)
     fitting(prompts, model, config.max_new_tokens, is_training=False)
@@ -84,7 +86,7 @@ def evaluate(
         rollout = sample(model, prompts, num_samples=samples, seed=seed, **sampling)
         grades = grade(rollout, problems, model, config)
         lines += completion_lines(problems, grades, temperature=1)
-        scores = rerank_scores(verifier, prompts, grades) if verifier else None
+        scores = rerank(problems, grades) if rerank else None
         result.update(sampled_accuracy(grades, samples, scores))
     if out is not None and rank() == 0:
         try:
@@ -167,8 +169,12 @@ def completion_lines(problems, grades, temperature):
 READ_TOKENS = 700  # of prompt and completion that a verifier reads (ReFT's script)
 
 
-def rerank_scores(verifier, prompts, grades):
-    """The score of every completion, -inf where it has no answer; equal texts are read once."""
+def rerank_scores(verifier, config, problems, grades):
+    """The score of every completion, -inf where it has no answer; equal texts are read once.
+
+    config: of the verifier, whose prompts and tokens may be others than those of the run.
+    """
+    prompts = encode_prompts(problems, verifier, config)
     completions = verifier.encode(grades.texts)
     samples = len(completions) // len(prompts)
     rows = [(*prompts[n // samples], *ids) for n, ids in enumerate(completions)]
@@ -254,28 +260,21 @@ def main(config: Config) -> list[dict]:
         raise InputError("two of the runs would write to the same folder; take them by turns")
     for folder in folders:
         make_folder(folder)
-    verifier, verifier_config = None, replace(config)
+    rerank = None
     if config.rerank:
+        verifier_config = replace(config)
         verifier_config.inherit(config.rerank)
         verifier = load(config.rerank, config.device, config.dtype)
-    if verifier and not verifier.value_head.weight.any():
-        raise InputError(f"--rerank {config.rerank}: no run of verifier.py, its V is 0")
+        if not verifier.value_head.weight.any():
+            raise InputError(f"--rerank {config.rerank}: no run of verifier.py, its V is 0")
+        rerank = partial(rerank_scores, verifier, verifier_config)
     splits = [load_split(run_config, "test") for run_config in configs]
     rows = []
     for run, run_config, folder, problems in zip(
         config.runs, configs, folders, splits, strict=True
     ):
         model = load(run, config.device, config.dtype)
-        if verifier and verifier.tokenizer.get_vocab() != model.tokenizer.get_vocab():
-            raise InputError(f"--rerank {config.rerank}: its tokens are not those of {run}")
-        first = problems[:1]
-        if verifier and encode_prompts(first, verifier, verifier_config) != encode_prompts(
-            first, model, run_config
-        ):
-            raise InputError(f"--rerank {config.rerank}: its prompts are not those of {run}")
-        result = evaluate(
-            model, problems, run_config, config.samples, config.seed, folder, verifier
-        )
+        result = evaluate(model, problems, run_config, config.samples, config.seed, folder, rerank)
         rows.append({"run": run, **result})
     print_table(rows)
     return rows

@@ -93,7 +93,8 @@ def test_equal_texts_are_read_once_and_those_without_an_answer_never_win(judge, 
     monkeypatch.setattr(evaluate, "verifier_scores", spy)
     texts = ["1+1=2", "1+1=2", "none", "1+1=2", "3+3=6", "none"]
     grades = Grades(texts, ["2", "2", None, "2", "6", None], ["right"] * 6)
-    scores = evaluate.rerank_scores(judge, [[5, 6], [7]], grades)
+    monkeypatch.setattr(evaluate, "encode_prompts", lambda *_: [[5, 6], [7]])
+    scores = evaluate.rerank_scores(judge, None, None, grades)
     assert len(read) == 4 + 1  # the same text to another question is another row
     assert scores[0] == scores[1] and scores[0] != scores[3]
     assert scores[2] == scores[5] == -math.inf
@@ -101,36 +102,25 @@ def test_equal_texts_are_read_once_and_those_without_an_answer_never_win(judge, 
     assert scores[4] == real(judge, [row])[0]
 
 
-def test_evaluate_prints_rerank_beside_the_others_and_refuses_other_tokens_and_prompts(
-    small_run, labelled, tmp_path, capsys
+def test_evaluate_prints_rerank_beside_the_others_from_prompts_of_the_verifier(
+    small_run, labelled, tmp_path, capsys, monkeypatch
 ):
-    train(small_run, labelled, tmp_path / "verifier")
+    train(small_run, labelled, tmp_path / "verifier", prompt_style="reft")
+    real, styles = evaluate.encode_prompts, []
+
+    def spy(problems, model, config):
+        styles.append((config.prompt_style, bool(model.value_head.weight.any())))
+        return real(problems, model, config)
+
+    monkeypatch.setattr(evaluate, "encode_prompts", spy)
     flags = {"runs": (str(small_run),), "samples": 2, "test_limit": 3, "out": str(tmp_path)}
     config = evaluate.Config(**flags, rerank=str(tmp_path / "verifier"))
     (result,) = evaluate.main(config)
     assert {"maj@2", "pass@2", "rerank@2"} <= {*result}
     assert "rerank@2" in capsys.readouterr().out
-    file = tmp_path / "verifier" / "tokenizer.json"
-    text = file.read_text()
-    eos, sequence = {"SpecialToken": {"id": "<eos>", "type_id": 0}}, {"id": "A", "type_id": 0}
-    file.write_text(
-        json.dumps(
-            json.loads(text)
-            | {
-                "post_processor": {
-                    "type": "TemplateProcessing",
-                    "single": [eos, {"Sequence": sequence}],
-                    "pair": [eos, {"Sequence": sequence}, {"Sequence": sequence | {"id": "B"}}],
-                    "special_tokens": {"<eos>": {"id": "<eos>", "ids": [1], "tokens": ["<eos>"]}},
-                }
-            }
-        )
-    )
-    with pytest.raises(InputError, match="its prompts are not those of"):
-        evaluate.main(config)
-    file.write_text(text.replace('"<eos>"', '"<end>"'))
-    with pytest.raises(InputError, match="its tokens are not those of"):
-        evaluate.main(config)
+    assert styles == [("auto", False), ("reft", True)]
+    with pytest.raises(InputError, match="no run of verifier"):
+        evaluate.main(evaluate.Config(**flags, rerank=str(small_run)))
 
 
 # ---- labelled completions ------------------------------------------------------------------------
