@@ -207,9 +207,11 @@ def test_right_completions_are_kept_once_and_warm_up_trains_on_exactly_them(
             target, other = right(problem)
             no_target = f"#### {problem.answer}" if engine == "nl" else other
             no_row = f"{ANSWER_LINE}{problem.answer}"  # a file would lose its first line
+            wrong = "\\boxed{99}"
             if engine == "python":
                 no_row = f"def solution ():\n    return {problem.answer}"
-            texts += [target, target, other, no_target, no_row, "9"]
+                wrong = "def solution():\n    return 99"
+            texts += [target, target, other, no_target, no_row, wrong]
         return Grades(texts, [], [*["right"] * 5, "wrong"] * len(batch))
 
     file = tmp_path / "new" / "kept.jsonl"
