@@ -408,14 +408,12 @@ return 42
 """,
     "deeper recursion": """
 import sys
-import threading
 sys.setrecursionlimit(10**9)
 def f(n): return 1 + f(n + 1) if n < 10**8 else 42
 return f(0)
 """,
     "recursion in C": """
 import sys
-import threading
 sys.setrecursionlimit(10**9)
 x = []
 for _ in range(10**6): x = [x]
@@ -425,7 +423,6 @@ return 42
     "huge integer": "return 10**10**8",
     "huge integer as text": """
 import sys
-import threading
 sys.set_int_max_str_digits(0)
 return len(str(7**10**7)) and 42
 """,
@@ -654,7 +651,6 @@ return int(os.environ.get('GOLD') or getenv(b'GOLD') or 0)
 
 SCRIPT = """
 import sys
-import threading
 sys.path.insert(0, {root!r})
 import sandbox
 print(sandbox.run_programs(["def solution(): return 18"] * 5))
