@@ -169,6 +169,11 @@ def completion_lines(problems, grades, temperature):
 READ_TOKENS = 700  # of prompt and completion that a verifier reads (ReFT's script)
 
 
+def read_limit(verifier: Decoder) -> int:
+    """How many tokens of a row it reads: READ_TOKENS, or as many as its context has."""
+    return min(READ_TOKENS, verifier.config.max_positions)
+
+
 def rerank_scores(verifier, config, problems, grades):
     """The score of every completion, -inf where it has no answer; equal texts are read once.
 
@@ -191,7 +196,7 @@ def rerank_scores(verifier, config, problems, grades):
 def verifier_scores(verifier: Decoder, rows: list) -> list[float]:
     """The logit of being right, V_phi at the last token, of each row of token ids."""
     scores = []
-    limit = min(READ_TOKENS, verifier.config.max_positions)
+    limit = read_limit(verifier)
     with unsharded(verifier), verifier.mixed_precision():  # keeps the bf16 copies of the weights
         for row in rows[rank() :: world_size()]:
             tokens = torch.tensor([row[:limit]], device=verifier.device)
@@ -361,7 +366,7 @@ def kept_texts(problem, outcomes, config):
 
 
 def row_of(problem, text):
-    """A training problem of ReFT's data."""
+    """A training problem as a row of ReFT's data."""
     return {
         "question": problem.question,
         "answer_cot": text,

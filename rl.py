@@ -180,8 +180,10 @@ class Batch(NamedTuple):
 
 def ppo_update(run: Run, rollout: Rollout, batch: Batch, updates: Iterable) -> dict[str, float]:
     """Step 6 of main: an optimizer step for each (rows, learning rate); means over the tokens."""
-    config, grad_norms = run.config, []
-    sums, total = np.zeros(3), 0  # of policy loss, value loss and clipped tokens; of all tokens
+    config = run.config
+    grad_norms = []
+    sums = np.zeros(3)  # of policy loss, value loss and clipped tokens
+    total = 0  # tokens of all updates
     for rows, lr in updates:
         tokens = int(batch.mask[rows].sum())  # of the whole step: micro-batches change no gradient
         loss_sum = torch.zeros((), device=run.device)
@@ -248,7 +250,8 @@ def main(config: "Config") -> dict:
             **config.sampling(model),
         )
         rollout_seconds = time.perf_counter() - started
-        mask, logp_behav = rollout.action_mask, rollout.logp_behav  # (N, T-1) each
+        mask = rollout.action_mask  # (N, T-1)
+        logp_behav = rollout.logp_behav  # (N, T-1)
 
         # 3. the reward of each completion
         grades = grade(rollout, batch_problems, model, config)

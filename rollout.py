@@ -165,7 +165,9 @@ class Sampler:
         if longest + max_new_tokens > model.config.max_positions:
             length = f"{longest} prompt tokens + {max_new_tokens} new ones"
             raise ValueError(f"{length} > context {model.config.max_positions}")
-        self.model, self.temperature, self.pad_id = model, temperature, pad_id
+        self.model = model
+        self.temperature = temperature
+        self.pad_id = pad_id
         self.num_samples = num_samples
         self.skip = None if skip is None else skip.cpu()  # is read on the host
         self.device = device = model.device
@@ -552,7 +554,7 @@ class SharedConfig:
             # Refused here, where programs cannot be held back, and not after an hour of training.
             execute(["def solution(): return 1"], self.unsafe_exec)
         if self.task in TOY_STEPS and "OMP_NUM_THREADS" not in os.environ:
-            # Two threads save a small model a quarter, and beside a busy process cost 86 times.
+            # Two are a quarter faster; beside a busy process they are 86 times slower.
             torch.set_num_threads(1)
 
     def fill_in(self, defaults):
@@ -592,7 +594,8 @@ def run_script(main, config_class, parser=None):
 
     Exit code 2: bad input, no memory, a failed save. 1: bad numbers, other errors of files.
     """
-    sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
+    sys.stdout = Terminal(sys.stdout)
+    sys.stderr = Terminal(sys.stderr)
     parser = parser or new_parser(config_class)
     parser.error = lambda message: parser.exit(2, f"error: {message}; --help lists the flags\n")
     try:

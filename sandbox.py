@@ -397,7 +397,7 @@ def serve(needs_sympy, seccomp):
     A request: 4 bytes, the size of a program, and the program. A reply: answer_buffer. The first
     one, unasked, is "ok" where the filter works. Ends when the trainer does.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # to a whole job: programs at work would fail
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one to the whole job may fail no program
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of a program become children of its server
     preload(needs_sympy)
     os.environ.clear()  # not before: numpy reads how many threads it may start

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from evaluate import READ_TOKENS, verifier_scores
+from evaluate import read_limit, verifier_scores
 from model import all_reduce, load, named_in_errors, rank, write_json
 from reward import TOY_STEPS, InputError, Problem, read_json_rows
 from rollout import encode_prompts, flag, run_script
@@ -117,7 +117,7 @@ def labelled_examples(config, model):
         raise InputError(f"--data {config.data}: it needs right completions and wrong ones")
     prompts = encode_prompts(problems, model, config)
     completions = model.encode([problem.cot for problem in problems])
-    limit = min(READ_TOKENS, model.config.max_positions)
+    limit = read_limit(model)
     questions = list(dict.fromkeys(problem.question for problem in problems))  # in order, once
     count = max(1, len(questions) // 10)
     last_tenth = set(questions[-count:])

@@ -501,8 +501,12 @@ class Run:
         contents: what a resumed run must share, see `fingerprint`. steps: of the whole run. pool:
         of `nested_pool`. tests: what to evaluate on; None: the test problems.
         """
-        self.stage, self.config, self.model, self.last_step = stage, config, model, steps
-        self.out, self.device = Path(config.out), model.device
+        self.stage = stage
+        self.config = config
+        self.model = model
+        self.last_step = steps
+        self.out = Path(config.out)
+        self.device = model.device
         prompts = []
         if tests is None:
             tests = load_split(config, "test")
@@ -637,7 +641,8 @@ class Run:
 
         def on_signal(number, frame):
             if not self.signal:
-                self.signal, self.signal_time = number, time.monotonic()
+                self.signal = number
+                self.signal_time = time.monotonic()
                 with suppress(OSError):  # `| tee` ends at the same Ctrl-C, and the pipe with it
                     os.write(2, note)  # print() is not safe in here
             elif time.monotonic() - self.signal_time >= REPEAT_SECONDS:
@@ -735,7 +740,8 @@ class Run:
         """
         # On the first process, whole; the others hold nothing.
         weights, moments = get_state_dict(self.model, self.optimizer, options=UNSHARDED)
-        new, trainer = self.out / ".new", self.out / "trainer.pt"
+        new = self.out / ".new"
+        trainer = self.out / "trainer.pt"
         has_checkpoint = trainer.exists()
         if rank() == 0:
             checkpoint = {

@@ -147,7 +147,7 @@ def test_the_last_tenth_of_the_questions_is_held_out_and_rows_are_cut(small_run,
     text = model.tokenizer.decode(held_out[0][0])
     assert "Ann has 9 pens" in text and text.endswith("27+27=54")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verifier, "READ_TOKENS", 3)
+        patch.setattr(evaluate, "READ_TOKENS", 3)
         short, _ = verifier.labelled_examples(config, model)
     assert [ids for ids, _ in short] == [ids[:3] for ids, _ in examples]
     model.config.max_positions = 4
