@@ -23,7 +23,7 @@ import transformers
 from matplotlib.figure import Figure
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GenerationConfig, OPTConfig, Qwen2Config
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -35,22 +35,25 @@ from sandbox import run_programs
 from warmup import TrainConfig
 
 SHAPES = {
-    "toy": {
-        "hidden_size": 64,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "intermediate_size": 192,
-        "vocab_size": 400,
-    },
-    "1.5b": {  # Qwen2.5-Math-1.5B, for a GPU
-        "hidden_size": 1536,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "intermediate_size": 8960,
-        "vocab_size": 151936,
-    },
+    "toy": OPTConfig(
+        hidden_size=64,
+        word_embed_proj_dim=64,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        ffn_dim=288,
+        enable_bias=False,
+        vocab_size=400,
+        max_position_embeddings=256,
+    ),
+    "1.5b": Qwen2Config(  # Qwen2.5-Math-1.5B, for a GPU
+        hidden_size=1536,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        intermediate_size=8960,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
 }
 WORK = {  # rows, tokens of the longest prompt, new tokens
     "toy": (128, 48, 64),
@@ -129,7 +132,7 @@ def random_models(config: Config) -> tuple[Decoder, torch.nn.Module]:
     """A random Decoder, and transformers' model of the same weights."""
     torch.manual_seed(0)
     weights_dtype = torch.float64 if config.dtype == "float64" else torch.float32
-    ours = Decoder(Qwen2Config(**SHAPES[config.shape], tie_word_embeddings=True))
+    ours = Decoder(SHAPES[config.shape])
     ours = ours.to(config.device, weights_dtype)
     ours.autocast = config.dtype == "bfloat16"
     with tempfile.TemporaryDirectory() as folder:
@@ -142,7 +145,7 @@ def random_models(config: Config) -> tuple[Decoder, torch.nn.Module]:
 def workloads(shape: str) -> dict[str, dict]:
     """Arguments of `sample`. fixed: all rows alike; rl: 8 samples of prompts of all lengths."""
     rows, longest, new_tokens = WORK[shape]
-    vocab = SHAPES[shape]["vocab_size"]
+    vocab = SHAPES[shape].vocab_size
     rng = np.random.default_rng(0)
     equal = rng.integers(vocab, size=(rows, longest)).tolist()
     lengths = rng.integers(longest // 4, longest + 1, rows // 8)
