@@ -554,7 +554,7 @@ class SharedConfig:
             # Refused here, where programs cannot be held back, and not after an hour of training.
             execute(["def solution(): return 1"], self.unsafe_exec)
         if self.task in TOY_STEPS and "OMP_NUM_THREADS" not in os.environ:
-            # Two are a quarter faster; beside a busy process they are 86 times slower.
+            # Two take a quarter less time; beside a busy process 3 times as long, once 86 times.
             torch.set_num_threads(1)
 
     def fill_in(self, defaults):

@@ -300,7 +300,10 @@ class Config(TrainConfig, Flags):
 
 
 def toy_model(config: Config, problems: list[Problem]) -> Decoder:
-    """A new decoder of half a million parameters, and a byte-level BPE trained on the problems."""
+    """A new decoder of half a million parameters, and a byte-level BPE trained on the problems.
+
+    Its positions are learned: those behind the longest problem of the warm-up stay random.
+    """
     bpe = Tokenizer(models.BPE())
     # A number is one token, which keeps chains short; other tokens may span words.
     numbers = pre_tokenizers.Digits(individual_digits=False)
@@ -319,13 +322,14 @@ def toy_model(config: Config, problems: list[Problem]) -> Decoder:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **special_tokens)
     torch.manual_seed(config.seed)
     model = Decoder(
-        OPTConfig(  # half the elementwise work of a Llama, which on a CPU is most of the time
+        OPTConfig(  # half of a Llama's elementwise work: on a CPU that is most of a step
             hidden_size=64,
             word_embed_proj_dim=64,
             num_hidden_layers=8,
             num_attention_heads=4,
             ffn_dim=288,
             enable_bias=False,
+            dropout=0.0,
             vocab_size=len(tokenizer),
             max_position_embeddings=256,
             init_std=0.12,

@@ -85,7 +85,7 @@ def test_defaults_are_those_of_reft_where_reft_states_one(stage, monkeypatch):
     own = stage is warmup  # a new model for toy tasks
     toy_long = {**stage.TOY, "max_new_tokens": 128}
     if own:
-        toy_long["epochs"] = 1.0
+        toy_long["epochs"] = 0.8
     for task, engine, changes in (
         ("gsm8k", "nl", {}),
         ("svamp", "python", programs),
