@@ -32,19 +32,10 @@ from model import Decoder, LinearMaps, sample_skip, write_json
 from reward import TASKS, judge
 from rollout import Rollout, flag, run_script, sample
 from sandbox import run_programs
-from warmup import TrainConfig
+from warmup import TOY_SHAPE, TrainConfig
 
 SHAPES = {
-    "toy": OPTConfig(
-        hidden_size=64,
-        word_embed_proj_dim=64,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        ffn_dim=288,
-        enable_bias=False,
-        vocab_size=400,
-        max_position_embeddings=256,
-    ),
+    "toy": OPTConfig(**TOY_SHAPE, vocab_size=400),
     "1.5b": Qwen2Config(  # Qwen2.5-Math-1.5B, for a GPU
         hidden_size=1536,
         num_hidden_layers=28,
